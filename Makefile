@@ -1,0 +1,50 @@
+# Every target makes .venv if it is missing, installs through constraints.txt, and runs. No other step.
+# Paths stay relative and programs are called as modules, so that a folder name with a space works.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RUN := .venv/bin/python
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+
+.PHONY: demo demo-images test lint bench report clean
+
+demo: .venv/installed
+	$(RUN) -m jepa_fast.train
+
+demo-images: .venv/installed
+	$(RUN) -m jepa_fast.train textures
+
+test: .venv/installed-test
+	$(RUN) -m pytest
+
+lint: .venv/installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	.venv/bin/python -m clang_format --dry-run -Werror csrc/*/*.cpp csrc/*/*.h
+
+bench: .venv/installed-test
+	for file in benchmarks/bench_*.py; do $(RUN) "$$file" || exit 1; done
+
+report: .venv/installed
+	$(RUN) -m jepa_fast.report
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no python3 found; install CPython 3.11 or newer, or run make PYTHON=/path/to/python3"; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; run make PYTHON=/path/to/python3.11"; exit 2; }
+	"$(PYTHON)" -m venv .venv
+
+# One stamp for each set of extras: an install that is up to date costs nothing.
+.venv/installed: .venv/bin/python $(INPUTS)
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-test: .venv/bin/python $(INPUTS)
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@ .venv/installed
+
+.venv/installed-dev: .venv/bin/python $(INPUTS)
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@ .venv/installed .venv/installed-test
+
+clean:
+	rm -rf .venv build *.egg-info *.so .pytest_cache .mypy_cache .ruff_cache
