@@ -1,0 +1,204 @@
+"""`FusedEMA`: a module and its slow copy, updated and compared in one pass a step."""
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fused_ema.op import LayerStats, ema_update_, local
+from fused_ema.pairs import Pair, buffer_slots, pair_slots, parameter_slots
+from fused_ema.sharding import fsdp_modules, reshard, sum_over_shards
+from fused_ema.spectral import SpectralDrift
+from fused_ema.staging import Staging
+
+_BLOCK = re.compile(r"^(.*?\.\d+)(?:\.|$)")  # 'blocks.3.attn.qkv.weight' -> 'blocks.3'
+
+Decay = float | Tensor | Callable[[int], float]
+
+
+class FusedEMA:
+    """theta_bar <- decay theta_bar + (1 - decay) theta over all parameters of a module, with ||theta - theta_bar||.
+
+    model: the module that is trained. decay: a number, or a function of the number of updates made, read at every
+    update; `update(decay)` overrides it for one call. target: an existing module with the same parameter names (the
+    target encoder of JEPA, BYOL's or DINO's teacher); None makes a frozen copy, parameters in float32. Under FSDP2
+    shard the target as the model and pass it.
+    buffers: `copy` (BatchNorm statistics and the like as they are), `ema` (floating ones averaged too) or `ignore`.
+    mirror: a module of the same names that receives the average, rounded to its own dtype, in the same pass.
+    device: where a copy is kept; "cpu" holds it in (pinned) host memory and stages the weights over.
+    Tied parameters are updated once. Raises ValueError where names, shapes or shards do not pair up.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: Decay = 0.999,
+        target: nn.Module | None = None,
+        buffers: Literal["copy", "ema", "ignore"] = "copy",
+        mirror: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+    ):
+        if buffers not in ("copy", "ema", "ignore"):
+            raise ValueError(f"buffers={buffers!r}; one of copy, ema, ignore")
+        if target is not None and device is not None:
+            raise ValueError("device= is for the copy that FusedEMA makes; move the target itself instead")
+        self.decay, self.model, self.backend, self.num_updates = decay, model, backend, 0
+        self.module = _frozen_copy(model, device) if target is None else target
+        self.stats: LayerStats | None = None
+        """Of the last update: one entry per name, on the device. Sums of this rank's shards, under FSDP2."""
+        pairs = pair_slots("parameter", parameter_slots(model), parameter_slots(self.module))
+        self._pairs = [p for p in pairs if p.source.tensor.is_floating_point()]
+        self.names = [pair.name for pair in self._pairs]
+        self._averaged, self._copied = _split_buffers(model, self.module, buffers)
+        self._mirror: list[Pair] = []
+        if mirror is not None:
+            self._mirror = pair_slots("parameter", parameter_slots(self.module), parameter_slots(mirror))
+            if [p.name for p in self._mirror] != self.names:
+                raise ValueError("the mirror's parameters are tied otherwise than the averaged module's")
+        self._fsdp = fsdp_modules(model, self.module, *([mirror] if mirror is not None else []))
+        self._staging = Staging()
+        self._spectral = SpectralDrift()
+
+    @torch.no_grad()
+    def update(self, decay: float | Tensor | None = None, gate: Tensor | None = None) -> LayerStats:
+        """One update, after the optimizer's step. Returns (and keeps as `stats`) squared distances in the order of `names`.
+
+        gate: 0-dim bool tensor on the device; where it is False the averaged module stays bit-identical.
+        No host synchronisation, except where the average is kept in host memory.
+        """
+        if decay is None:
+            decay = self.decay(self.num_updates) if callable(self.decay) else self.decay
+        reshard(self._fsdp)
+        self.stats = self._pass(self._pairs, decay, gate, [local(p.target.tensor) for p in self._mirror])
+        if self._averaged:
+            self._pass(self._averaged, decay, gate, [])
+        for _, source, target in self._copied:
+            mine, theirs = local(source.tensor), local(target.tensor)
+            new = mine.to(device=theirs.device, dtype=theirs.dtype)
+            theirs.copy_(new if gate is None else torch.where(gate.to(theirs.device), new, theirs))
+        self.num_updates += 1
+        return self.stats
+
+    def _pass(self, pairs: list[Pair], decay: float | Tensor, gate: Tensor | None, copies: list[Tensor]) -> LayerStats:
+        targets = [local(p.target.tensor) for p in pairs]
+        sources = self._staging.on_device_of(targets, [local(p.source.tensor) for p in pairs])
+        device = targets[0].device if targets else torch.device("cpu")
+        gate = gate if gate is None else gate.to(device)
+        decay = decay.to(device) if isinstance(decay, Tensor) else decay
+        return ema_update_(targets, sources, decay, gate=gate, backend=self.backend, copies=copies)
+
+    def measure(self) -> LayerStats:
+        """The squared distances as the modules are now, without an update; does not change `stats`."""
+        reshard(self._fsdp)
+        targets = [local(p.target.tensor) for p in self._pairs]
+        closed = torch.zeros((), dtype=torch.bool, device=targets[0].device if targets else None)
+        return self._pass(self._pairs, 1.0, closed, [])
+
+    @torch.no_grad()
+    def distances(self, group_by: str | Callable[[str], str] | None = None) -> dict[str, float]:
+        """{parameter name: ||theta - theta_bar||}, Frobenius, as of the last update (or now, if there was none).
+
+        group_by="block" joins the parameters of one numbered block ('blocks.3'), or else of one module; a function
+        gives the group of each name. The one place that synchronises, and all-reduces where parameters are sharded:
+        call it on every rank.
+        """
+        stats = self.stats if self.stats is not None else self.measure()
+        squares = sum_over_shards(stats.distance_sq, [p.source.tensor for p in self._pairs])
+        grouped: dict[str, float] = {}
+        for name, square in zip(self.names, squares.tolist(), strict=True):
+            group = _group(name, group_by)
+            grouped[group] = grouped.get(group, 0.0) + square
+        return {name: math.sqrt(square) for name, square in grouped.items()}
+
+    @torch.no_grad()
+    def spectral_distances(self, iterations: int = 1) -> dict[str, float]:
+        """{matrix name: largest singular value of theta - theta_bar}, by power iteration from the last call's vector.
+
+        A lower bound that tightens from call to call. Tensors of more dimensions are taken as [first, rest];
+        vectors are left out. Synchronises; call it on every rank.
+        """
+        reshard(self._fsdp)
+        matrices = [p for p in self._pairs if p.source.tensor.ndim >= 2]
+        return self._spectral([(p.name, p.source.tensor, p.target.tensor) for p in matrices], iterations)
+
+    @contextmanager
+    def swap(self) -> Iterator[nn.Module]:
+        """Inside, the trained module computes with the averaged weights and buffers; afterwards it has its own again.
+
+        Costs one copy of the model's weights. The average itself is not touched, whatever the model's dtype.
+        """
+        pairs = self._pairs + self._averaged + self._copied
+        reshard(self._fsdp)
+        with torch.no_grad():
+            own = [local(p.source.tensor).clone() for p in pairs]
+            _copy([local(p.source.tensor) for p in pairs], [local(p.target.tensor) for p in pairs])
+        try:
+            yield self.model
+        finally:
+            reshard(self._fsdp)
+            with torch.no_grad():
+                _copy([local(p.source.tensor) for p in pairs], own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged module and the number of updates; nothing of the trained model."""
+        return {"module": self.module.state_dict(), "num_updates": self.num_updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises KeyError or RuntimeError on a state that does not fit."""
+        num_updates = int(state["num_updates"])
+        self.module.load_state_dict(state["module"])
+        self.num_updates, self.stats = num_updates, None
+
+
+def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(into, values, strict=True):
+        tensor.copy_(value)
+
+
+def _frozen_copy(model: nn.Module, device: torch.device | str | None) -> nn.Module:
+    if any(local(p) is not p for p in model.parameters()):
+        raise ValueError(
+            "the model is sharded: build the averaged module, shard it the same way and pass it as target="
+        )
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    if device is not None:
+        averaged = averaged.to(device)
+    float32: dict[int, Tensor] = {}  # tied parameters stay tied
+    for slot in parameter_slots(averaged).values():
+        p = slot.tensor
+        if p.is_floating_point() and p.dtype != torch.float32:
+            float32.setdefault(id(p), p.detach().float())
+            p.data = float32[id(p)]
+    if device is not None and torch.device(device).type == "cpu" and torch.cuda.is_available():
+        for p in averaged.parameters():
+            p.data = p.data.pin_memory()
+    return averaged
+
+
+def _split_buffers(model: nn.Module, target: nn.Module, mode: str) -> tuple[list[Pair], list[Pair]]:
+    """(averaged, copied) pairs of buffers."""
+    if mode == "ignore":
+        return [], []
+    mine, theirs = buffer_slots(model), buffer_slots(target)
+    pairs = pair_slots("buffer", mine, theirs)
+    if mode == "copy":
+        return [], pairs
+    floating = [p for p in pairs if p.source.tensor.is_floating_point()]
+    return floating, [p for p in pairs if not p.source.tensor.is_floating_point()]
+
+
+def _group(name: str, group_by: str | Callable[[str], str] | None) -> str:
+    if group_by is None:
+        return name
+    if callable(group_by):
+        return group_by(name)
+    if group_by != "block":
+        raise ValueError(f"group_by={group_by!r}; give 'block' or a function of the name")
+    numbered = _BLOCK.match(name)
+    return numbered.group(1) if numbered else (name.rpartition(".")[0] or name)

@@ -1,0 +1,334 @@
+"""ema_update_: values, distances, gate and refusals, for every backend this machine has, against float64."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fused_ema import LayerStats, available_backends, ema_update_, ema_update_reference
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+# 0: an empty shard; 15..17: around a vector register; 1023..1025 and 16383..16385: around a block and a chunk
+LENGTHS = [0, 1, 15, 16, 17, 1023, 1024, 1025, 16383, 16384, 16385, 40001]
+BACKENDS = [
+    pytest.param(b, marks=pytest.mark.skipif(b not in available_backends(), reason=f"{b} is not installed"))
+    for b in ("cpp", "torch")
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def make(lengths, target_dtype=torch.float32, source_dtype=torch.float32, seed=0, gap=0.1):
+    g = torch.Generator().manual_seed(seed)
+    theta = [torch.randn(n, generator=g) for n in lengths]
+    average = [s + gap * torch.randn(s.shape, generator=g) for s in theta]
+    return [a.to(target_dtype) for a in average], [s.to(source_dtype) for s in theta]
+
+
+def ulp32(values):
+    return torch.nextafter(values, torch.tensor(torch.inf)) - values
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.5, 0.996, 0.99999, 1.0])
+def test_values_are_within_two_ulp_of_float64(backend, decay):
+    targets, sources = make(LENGTHS)
+    exact = [t.double() + (1 - decay) * (s.double() - t.double()) for t, s in zip(targets, sources, strict=True)]
+    largest = [torch.maximum(t.abs(), s.abs()) for t, s in zip(targets, sources, strict=True)]
+    ema_update_(targets, sources, decay, backend=backend)
+    for target, want, top in zip(targets, exact, largest, strict=True):
+        assert ((target.double() - want).abs() <= 2 * ulp32(top).double()).all()
+
+
+@pytest.mark.parametrize("target_dtype", FLOATS)
+@pytest.mark.parametrize("source_dtype", FLOATS)
+def test_every_pair_of_dtypes_rounds_once_to_nearest(backend, target_dtype, source_dtype):
+    targets, sources = make(LENGTHS, target_dtype, source_dtype)
+    want = [t.clone() for t in targets]
+    weight = torch.tensor(1 - 0.9, dtype=torch.float64)
+    expected = ema_update_reference(want, sources, weight, range(len(want)), len(want))
+    stats = ema_update_(targets, sources, 0.9, backend=backend)
+    for target, reference in zip(targets, want, strict=True):
+        # a fused multiply-add may move the last bit of float32 and so, rarely, flip a tie
+        assert torch.allclose(target.float(), reference.float(), rtol=torch.finfo(target_dtype).eps, atol=1e-7)
+        assert (target != reference).float().mean().nan_to_num() < (1 if target_dtype == torch.float32 else 0.01)
+    torch.testing.assert_close(
+        torch.stack(stats), expected, rtol=2e-3 if target_dtype != torch.float32 else 1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_conversions_are_those_of_torch_for_all_values(backend, dtype):
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    finite = bits[bits.isfinite()]
+    widened = torch.zeros(len(finite))
+    ema_update_([widened], [finite], 0.0, backend=backend)  # decay 0 copies
+    assert torch.equal(widened, finite.float())
+    # midpoints and their neighbours: where rounding is decided
+    middle = (finite.double().sort().values[:-1] + finite.double().sort().values[1:]).div(2).float()
+    probes = torch.cat(
+        [middle, torch.nextafter(middle, torch.tensor(torch.inf)), torch.nextafter(middle, torch.tensor(-torch.inf))]
+    )
+    probes = probes[(probes == 0) | (probes.abs() >= torch.finfo(torch.float32).tiny)]
+    copied, average = torch.zeros(len(probes), dtype=dtype), probes.clone()
+    ema_update_([average], [probes], 0.5, backend=backend, copies=[copied])
+    assert torch.equal(copied, probes.to(dtype))
+
+
+@pytest.mark.parametrize("target_dtype", FLOATS)
+def test_distances_are_those_of_the_stored_values(backend, target_dtype):
+    targets, sources = make([5, 70000, 0], target_dtype)
+    stats = ema_update_(targets, sources, 0.99, backend=backend)
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        exact = (source.double() - target.double()).square().sum()
+        assert abs(stats.distance_sq[i] - exact) <= 1e-6 * exact
+        norm = source.double().square().sum()
+        assert abs(stats.source_sq[i] - norm) <= 1e-6 * norm
+
+
+def test_squared_norm_of_four_million_elements_is_accurate_to_1e_6(backend):
+    targets, sources = make([1 << 22], gap=1e-3)
+    stats = ema_update_(targets, sources, 0.996, backend=backend)
+    exact = (sources[0].double() - targets[0].double()).square().sum()
+    assert abs(stats.distance_sq[0] / exact - 1) <= 1e-6
+
+
+def test_layers_add_up_their_tensors_and_missing_numbers_are_zero(backend):
+    targets, sources = make([3, 50, 7])
+    stats = ema_update_(targets, sources, 0.9, layers=[3, 0, 3], backend=backend)
+    alone = ema_update_([t.clone() for t in targets], sources, 1.0, backend=backend)
+    assert stats.distance_sq.shape == (4,)
+    torch.testing.assert_close(stats.distance_sq[3], alone.distance_sq[0] + alone.distance_sq[2])
+    assert stats.distance_sq[1] == stats.source_sq[2] == 0
+
+
+def test_closed_gate_leaves_targets_and_copies_bit_identical_but_measures(backend):
+    targets, sources = make([17, 20000])
+    sources[0][3] = torch.nan
+    targets[1][5], targets[1][6] = -0.0, torch.inf
+    copies = [torch.randn(t.shape).bfloat16() for t in targets]
+    before = [t.view(torch.uint8).clone() for t in (*targets, *copies)]
+    stats = ema_update_(targets, sources, 0.5, gate=torch.tensor(False), backend=backend, copies=copies)
+    assert all(torch.equal(t.view(torch.uint8), b) for t, b in zip((*targets, *copies), before, strict=True))
+    assert stats.nonfinite.tolist() == [1, 0]
+
+
+def test_open_gate_is_no_gate(backend):
+    a, sources = make([17, 20000])
+    b = [t.clone() for t in a]
+    first, second = (
+        ema_update_(a, sources, 0.9, backend=backend),
+        ema_update_(b, sources, 0.9, gate=torch.tensor(True), backend=backend),
+    )
+    assert all(torch.equal(x, y) for x, y in zip((*a, *first), (*b, *second), strict=True))
+
+
+def test_equal_operands_never_move_and_the_ends_are_exact(backend):
+    _, sources = make([1000])
+    frozen = sources[0].clone()
+    for decay in (0.9999, 0.7, 0.2):
+        for _ in range(50):
+            stats = ema_update_([frozen], sources, decay, backend=backend)
+    assert torch.equal(frozen, sources[0]) and stats.distance_sq[0] == 0
+    targets, sources = make([1000])
+    before = targets[0].clone()
+    ema_update_(targets, sources, 1.0, backend=backend)
+    assert torch.equal(targets[0], before)
+    ema_update_(targets, sources, 0.0, backend=backend)
+    assert torch.equal(targets[0], sources[0])
+
+
+def test_nonfinite_values_are_counted_in_their_layer(backend):
+    targets, sources = make([100, 100])
+    sources[1][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    stats = ema_update_(targets, sources, 0.9, backend=backend)
+    assert stats.nonfinite.tolist() == [0, 3]
+    assert stats.distance_sq[0].isfinite() and not stats.distance_sq[1].isfinite()
+
+
+def test_decay_tensor_does_what_the_number_does(backend):
+    a, sources = make([500])
+    b = [a[0].clone()]
+    ema_update_(a, sources, 0.9999, backend=backend)
+    ema_update_(b, sources, torch.tensor(0.9999, dtype=torch.float64), backend=backend)
+    assert torch.equal(a[0], b[0])
+
+
+def test_slow_decays_make_the_progress_they_should(backend):
+    average, theta = [torch.ones(64)], [torch.full((64,), 1.1)]
+    for _ in range(300):
+        ema_update_(average, theta, 0.9999, backend=backend)
+    moved = (average[0].double() - 1) / (theta[0].double() - 1)
+    assert ((moved / (1 - 0.9999**300) - 1).abs() < 1e-3).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_views_are_written_in_place_and_their_surroundings_are_not(backend, dtype):
+    base, source = torch.randn(8, 10).to(dtype), torch.randn(10, 8).to(dtype)
+    want = base.clone()
+    want[:, 1:9:2] = source.t()[:, 1:9:2]
+    ema_update_([base[:, 1:9:2]], [source.t()[:, 1:9:2]], 0.0, backend=backend)
+    assert torch.equal(base, want)
+    odd = torch.zeros(101, dtype=dtype)  # one element past a 16-byte boundary
+    ema_update_([odd[1:]], [torch.ones(100, dtype=dtype)], 0.0, backend=backend)
+    assert odd[0] == 0 and (odd[1:] == 1).all()
+
+
+def test_columns_of_one_matrix_are_separate_targets(backend):
+    base, source = torch.zeros(4, 6), torch.ones(4, 3)
+    ema_update_([base[:, :3], base[:, 3:]], [source, 2 * source], 0.0, backend=backend)
+    assert base[0].tolist() == [1, 1, 1, 2, 2, 2]
+
+
+def test_ten_thousand_tiny_tensors_and_none_at_all(backend):
+    targets, sources = make([3] * 10_000)
+    stats = ema_update_(targets, sources, 0.0, backend=backend)
+    assert torch.equal(torch.cat(targets), torch.cat(sources)) and stats.distance_sq.shape == (10_000,)
+    assert ema_update_([], [], 0.5, backend=backend).distance_sq.shape == (0,)
+
+
+@pytest.mark.skipif("cpp" not in available_backends(), reason="cpp is not installed")
+def test_any_number_of_threads_gives_the_same_bits():
+    results, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            targets, sources = make([100_000, 5, 33_333], seed=3)
+            results.append([*targets, *ema_update_(targets, sources, 0.99, backend="cpp")])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=6),
+    decay=st.floats(0, 1),
+    scale=st.floats(1e-6, 1e6),
+    seed=st.integers(0, 2**20),
+    dtypes=st.tuples(st.sampled_from(FLOATS), st.sampled_from(FLOATS[:2])),
+)
+def test_any_list_agrees_with_float64(lengths, decay, scale, seed, dtypes):
+    target_dtype, source_dtype = dtypes
+    if target_dtype == torch.float16:
+        scale = min(scale, 100.0)
+    targets, sources = make(lengths, seed=seed)
+    targets, sources = [(t * scale).to(target_dtype) for t in targets], [(s * scale).to(source_dtype) for s in sources]
+    exact = [t.double() + (1 - decay) * (s.double() - t.double()) for t, s in zip(targets, sources, strict=True)]
+    top = [torch.maximum(t.double().abs(), s.double().abs()) for t, s in zip(targets, sources, strict=True)]
+    stats = ema_update_(targets, sources, decay)
+    for i, (target, want) in enumerate(zip(targets, exact, strict=True)):
+        eps = torch.finfo(target_dtype).eps
+        assert ((target.double() - want).abs() <= 2 * eps * top[i] + torch.finfo(target_dtype).smallest_normal).all()
+        gap = (sources[i].double() - target.double()).square().sum()
+        assert abs(stats.distance_sq[i] - gap) <= 1e-6 * gap + 1e-30
+
+
+def test_the_operator_passes_opcheck_and_compiles_without_a_break(backend):
+    targets, sources = make([5, 40])
+    weight = torch.tensor(0.1, dtype=torch.float64)
+    args = (targets, sources, [], weight, torch.tensor(True), [0, 1], 2, backend)
+    torch.library.opcheck(torch.ops.fused_ema.update_.default, args)
+    parameters = [torch.nn.Parameter(s.clone()) for s in sources]
+    eager = [t.clone() for t in targets]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(targets, sources, decay, gate):
+        stats = ema_update_(targets, sources, decay, layers=[0, 0], gate=gate, backend=backend)
+        return stats.distance_sq.sqrt()
+
+    decay = torch.tensor(0.9, dtype=torch.float64)
+    distance = step(targets, parameters, decay, torch.tensor(True))
+    stats = ema_update_(eager, sources, 0.9, layers=[0, 0], backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(targets, eager, strict=True))
+    assert torch.equal(distance, stats.distance_sq.sqrt())
+
+
+def bad(change):
+    """Arguments of a call, one of them spoilt."""
+    targets, sources = make([4, 6])
+    return {"targets": targets, "sources": sources, "decay": 0.9} | change(targets, sources)
+
+
+SHARED = torch.zeros(10)
+REFUSED = {
+    "one source short": (lambda t, s: {"sources": s[:1]}, ValueError, "2 targets but 1 sources"),
+    "shape": (lambda t, s: {"sources": [s[0], s[0]]}, ValueError, r"target 1 has shape \[6\]"),
+    "transposed": (
+        lambda t, s: {"targets": [torch.zeros(2, 3)], "sources": [torch.zeros(3, 2)]},
+        ValueError,
+        "target 0",
+    ),
+    "target dtype": (lambda t, s: {"targets": [t[0], t[1].double()]}, TypeError, "target 1 is torch.float64"),
+    "source dtype": (lambda t, s: {"sources": [s[0].long(), s[1]]}, TypeError, "source 0 is torch.int64"),
+    "meta": (lambda t, s: {"targets": [t[0], torch.empty(6, device="meta")]}, ValueError, "target 1 is on"),
+    "sparse": (lambda t, s: {"sources": [s[0].to_sparse(), s[1]]}, TypeError, "source 0 is torch.sparse_coo"),
+    "in a graph": (
+        lambda t, s: {"targets": [t[0], t[1].requires_grad_() * 2]},
+        ValueError,
+        "target 1 is part of an autograd graph",
+    ),
+    "overlap": (lambda t, s: {"targets": [SHARED[:4], SHARED[2:8]]}, ValueError, "target 0 and target 1 overlap"),
+    "expanded": (lambda t, s: {"targets": [torch.zeros(1).expand(4), t[1]]}, ValueError, "target 0 overlaps itself"),
+    "its own source": (lambda t, s: {"sources": [s[0], t[1]]}, ValueError, "target 1 and source 1 are the same memory"),
+    "few layers": (lambda t, s: {"layers": [0]}, ValueError, "1 layer numbers for 2 tensors"),
+    "negative layer": (lambda t, s: {"layers": [0, -1]}, ValueError, r"layers\[1\] is -1"),
+    "fractional layer": (lambda t, s: {"layers": [0.5, 1]}, TypeError, r"layers\[0\] is 0.5"),
+    "decay above 1": (lambda t, s: {"decay": 1.01}, ValueError, "decay is 1.01"),
+    "decay NaN": (lambda t, s: {"decay": float("nan")}, ValueError, "decay is nan"),
+    "decay text": (lambda t, s: {"decay": "0.9"}, TypeError, "decay must be a number"),
+    "decay float32 tensor": (lambda t, s: {"decay": torch.tensor(0.9)}, TypeError, "0-dim float64"),
+    "gate number": (lambda t, s: {"gate": torch.tensor(1.0)}, TypeError, "0-dim bool"),
+    "few copies": (lambda t, s: {"copies": [t[0].clone()]}, ValueError, "1 copies"),
+    "copy shape": (lambda t, s: {"copies": [t[0].clone(), t[0].clone()]}, ValueError, "copy 1 has shape"),
+    "backend": (lambda t, s: {"backend": "cuda"}, ValueError, "backend 'cuda' is none of"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_named_and_nothing_is_written(case):
+    change, kind, message = REFUSED[case]
+    arguments = bad(change)
+    strided = [t for t in arguments["targets"] if t.device.type == "cpu"]
+    before = [t.detach().clone() for t in strided]
+    with pytest.raises(kind, match=message):
+        ema_update_(**arguments)
+    assert all(torch.equal(t, b) for t, b in zip(strided, before, strict=True))
+
+
+def test_a_tensor_replaced_at_the_same_address_is_checked_anew():
+    storage = torch.zeros(12)
+    source = torch.ones(12)
+    ema_update_([storage], [source], 0.0)
+    with pytest.raises(ValueError, match="shape"):
+        ema_update_([storage.view(3, 4)], [source], 0.0)
+    ema_update_([storage[:6]], [2 * source[:6]], 0.0)
+    assert storage.tolist() == [2] * 6 + [1] * 6
+
+
+def test_result_is_a_named_tuple_of_float64_on_the_device():
+    stats = ema_update_(*make([4]), 0.9)
+    assert isinstance(stats, LayerStats) and all(x.dtype == torch.float64 and x.shape == (1,) for x in stats)
+
+
+@pytest.mark.parametrize("module", ["None", "types.SimpleNamespace(ABI=-1)"])
+def test_a_missing_or_stale_extension_is_told_once_and_torch_serves(module):
+    code = f"""
+import sys, types, warnings, torch
+sys.modules["fused_ema_C"] = {module}
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    import fused_ema
+    for _ in range(2):
+        fused_ema.ema_update_([torch.zeros(3)], [torch.ones(3)], 0.5)
+told = [w for w in told if "fused_ema" in str(w.message)]
+assert len(told) == 1, told
+assert "cpp" not in fused_ema.available_backends()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
