@@ -1,0 +1,135 @@
+"""Command line -> configuration: a preset, then --section.field VALUE over it. tyro parses; errors are one line."""
+
+import contextlib
+import io
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from jepa_fast import rundir
+from jepa_fast.config import Config, flatten, replace
+from jepa_fast.errors import UsageError, suggest
+from jepa_fast.presets import PRESETS, preset
+
+USAGE = """usage: python -m jepa_fast.train [PRESET] [--section.field VALUE ...]
+       torchrun --nproc_per_node=8 -m jepa_fast.train [PRESET] ...
+
+  --list            the presets        --print-config    the whole configuration, and stop
+  --resume          continue the run of --run.dir (or the newest of the preset)
+  --resume auto     continue it if it has a checkpoint, else start it
+  --data.path PATH  shards, image folder, CIFAR folder, series file
+  --train.steps N   --train.seed N   --log.every N   --checkpoint.every N   --run.dir PATH
+  --init.from CHECKPOINT   --parallel.mode auto|single|ddp
+
+Without a preset: `demo` on a CPU, `in1k-vitb16` on CUDA."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What was asked for."""
+
+    config: Config
+    resume: str  # '', 'must' or 'auto'
+    action: str = "train"  # or 'list', 'print-config', 'help'
+
+
+def parse(argv: list[str]) -> Command:
+    """Raises UsageError: unknown preset or field (with the nearest name), a value of the wrong kind or out of range."""
+    rest, resume = _take_resume(list(argv))
+    for action in ("help", "list", "print-config"):
+        if f"--{action}" in rest or (action == "help" and "-h" in rest):
+            rest = [a for a in rest if a not in (f"--{action}", "-h")]
+            if action != "print-config":
+                return Command(Config(), resume, action)
+            return Command(_configuration(rest, resume), resume, action)
+    return Command(_configuration(rest, resume), resume)
+
+
+def _take_resume(argv: list[str]) -> tuple[list[str], str]:
+    rest, resume, i = [], "", 0
+    while i < len(argv):
+        arg = argv[i]
+        if arg == "--resume" and argv[i + 1 : i + 2] == ["auto"]:
+            resume, i = "auto", i + 1
+        elif arg == "--resume":
+            resume = "must"
+        elif arg.startswith("--resume="):
+            resume = arg.split("=", 1)[1]
+            if resume != "auto":
+                raise UsageError(f"--resume={resume}: write --resume, or --resume auto")
+        else:
+            rest.append(arg)
+        i += 1
+    return rest, resume
+
+
+def _configuration(args: list[str], resume: str) -> Config:
+    name = args.pop(0) if args and not args[0].startswith("-") else ""
+    base = preset(name) if name else default_config()
+    config = _override(base, args)
+    if resume:
+        folder = Path(config.run.dir) if config.run.dir else rundir.newest(config.preset)
+        saved = rundir.saved_config(folder) if folder else None
+        if saved is not None:  # the run's own configuration is the base; the command line goes over it
+            if name and saved.preset != name:
+                raise UsageError(f"{folder} holds preset {saved.preset}, not {name}: leave the preset out, or give another --run.dir")
+            config = _override(replace(saved, {"run.dir": str(folder)}), args)
+        elif resume == "must":
+            raise UsageError(f"--resume: no run in {folder or 'runs/'}; leave out --resume to start one")
+    return config.check()
+
+
+def default_config() -> Config:
+    """What the machine is for: `demo` on a CPU; on CUDA ImageNet from $JEPA_FAST_DATA, or generated 224-pixel textures."""
+    if not torch.cuda.is_available():
+        return preset("demo")
+    config = preset("in1k-vitb16")
+    if os.environ.get("JEPA_FAST_DATA"):
+        return replace(config, {"data.path": os.environ["JEPA_FAST_DATA"]})
+    return replace(config, {"data.embedded": "textures224", "train.steps": 1000, "optim.warmup_epochs": 0.0, "optim.warmup_steps": 100})
+
+
+def _override(base: Config, args: list[str]) -> Config:
+    _refuse_unknown(args, base)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return tyro.cli(Config, default=base, args=args, config=(tyro.conf.FlagConversionOff,))
+    except SystemExit:
+        raise UsageError(_first_message(said.getvalue())) from None
+
+
+def _refuse_unknown(args: list[str], base: Config) -> None:
+    known = flatten(base)
+    for arg in args:
+        if arg.startswith("--"):
+            field = arg[2:].split("=", 1)[0].replace("-", "_")
+            if field not in known:
+                options = [*known, "list", "print-config", "resume", "help"]
+                raise UsageError(f"unknown option {arg.split('=')[0]}{suggest(field, options)}; --print-config lists all fields")
+        elif arg.startswith("-") and not re.match(r"-[\d.]", arg):
+            raise UsageError(f"unknown option {arg}; options are --section.field VALUE, --print-config lists them")
+
+
+def _first_message(printed: str) -> str:
+    """The sentence in tyro's box, on one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", printed)
+    lines = [line.strip(" │") for line in text.splitlines()]
+    body: list[str] = []
+    for line in lines:
+        if line.startswith(("╭", "╰")):
+            continue
+        if line.startswith("─"):
+            break
+        body.append(line)
+    return " ".join(" ".join(body).split()).removeprefix("Error parsing ") or "the command line could not be read"
+
+
+def listing() -> str:
+    """The presets, a line each."""
+    width = max(map(len, PRESETS))
+    return "\n".join(f"  {name:<{width}}  {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())

@@ -1,0 +1,36 @@
+"""Errors that are the user's to mend: printed as one line, exit code 2, no traceback."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+
+class UsageError(ValueError):
+    """Bad input. The message names the value, the place and the mend, on one line."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' for the nearest known name, or ''."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wrap a command's main: a UsageError becomes one line on stderr and exit status 2.
+
+    JEPA_FAST_DEBUG=1 keeps the traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UsageError as error:
+            if os.environ.get("JEPA_FAST_DEBUG") == "1":
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return wrapped

@@ -1,0 +1,249 @@
+"""Presets: recipes as functions. Each returns a Config; its docstring gives source, command and cost.
+
+Costs are only stated where somebody measured them; `python -m jepa_fast.train --list` prints the
+first lines. Where a paper leaves a number open the docstring says that the choice is ours.
+"""
+
+from collections.abc import Callable
+
+from jepa_fast.config import EMA, Checkpoint, Config, Data, Log, Masks, Model, Monitor, Objective, Optim, Train
+from jepa_fast.errors import UsageError, suggest
+
+# ---- sensor series ------------------------------------------------------------------------------
+
+
+def demo() -> Config:
+    """TS-JEPA on a generated sensor set: the collapse phase and its end, in about a minute on two CPU cores.
+
+    Source: the paper's TS-JEPA (appendix C) at lr 1e-4 and constant decay .996, on narrow-band AR(2)
+    series that are generated here. The data are synthetic, and were chosen because the pattern shows on them.
+    Command: python -m jepa_fast.train
+    """
+    return Config(
+        preset="demo",
+        data=Data(kind="series", embedded="sensor", channels=1, series_length=500, mean=(), std=()),
+        masks=Masks(mode="random", ratio=0.7, num_targets=1, min_keep=1),
+        model=Model(width=128, depth=2, heads=2, num_patches=10, predictor_width=128, predictor_depth=1),
+        objective=Objective(loss="l2"),
+        ema=EMA(decay=0.996, final_decay=0.996, schedule="constant"),
+        optim=_constant_adamw(lr=1e-4, weight_decay=0.01),
+        train=Train(steps=1800, batch_size=32),
+        monitor=Monitor(every=100, probe_train=1000, probe_test=1320),
+        checkpoint=Checkpoint(every=600),
+        log=Log(every=10),
+    )
+
+
+def _constant_adamw(lr: float, weight_decay: float) -> Optim:
+    """AdamW at a constant rate on every parameter, as TS-JEPA uses it."""
+    return Optim(
+        lr=lr, start_lr=lr, final_lr=lr, lr_schedule="constant",
+        weight_decay=weight_decay, final_weight_decay=weight_decay, wd_schedule="constant", decay_vectors=True,
+    )  # fmt: skip
+
+
+def _ts_jepa(name: str, hint: str, length: int, epochs: float) -> Config:
+    return Config(
+        preset=name,
+        data=Data(kind="series", channels=1, series_length=length, mean=(), std=(), hint=hint),
+        masks=Masks(mode="random", ratio=0.7, num_targets=1, min_keep=1),
+        model=Model(width=128, depth=1, heads=2, num_patches=10, predictor_width=128, predictor_depth=1),
+        objective=Objective(loss="l1"),
+        ema=EMA(decay=0.998, final_decay=1.0, schedule="linear", scale=1.25),
+        optim=_constant_adamw(lr=1e-4, weight_decay=0.01),
+        train=Train(steps=0, epochs=epochs, batch_size=32),
+        monitor=Monitor(every=200),
+        checkpoint=Checkpoint(every=2000),
+        log=Log(every=20),
+    )
+
+
+def forda() -> Config:
+    """TS-JEPA on UCR FordA (3,601 series of 500 samples, two classes).
+
+    Source: the paper, appendix C: 10 patches, 70 % masked, width 128, 2 heads, l1, AdamW 1e-4, batch 32,
+    decay .998 -> 1. The number of epochs is ours.
+    Command: python -m jepa_fast.train forda --data.path FordA/FordA_TRAIN.tsv
+    """
+    return _ts_jepa("forda", "FordA_TRAIN.tsv and FordA_TEST.tsv of the UCR archive side by side, and the first one's path", 500, 100)
+
+
+def fordb() -> Config:
+    """TS-JEPA on UCR FordB (3,636 series of 500 samples, two classes).
+
+    Source: as `forda`. Command: python -m jepa_fast.train fordb --data.path FordB/FordB_TRAIN.tsv
+    """
+    return _ts_jepa("fordb", "FordB_TRAIN.tsv and FordB_TEST.tsv of the UCR archive side by side, and the first one's path", 500, 100)
+
+
+_FAULT_HINT = "{0}_TRAIN.tsv and {0}_TEST.tsv (UCR), or train.pt and test.pt (dict of samples and labels), side by side, and the first one's path"
+
+
+def faultdetection_a() -> Config:
+    """TS-JEPA on FaultDetectionA (series of 5,120 samples, three classes; windows of the same recordings overlap).
+
+    Source: as `forda`. Majority class 45.5 %: read the balanced accuracy.
+    Command: python -m jepa_fast.train faultdetection-a --data.path FaultDetectionA/FaultDetectionA_TRAIN.tsv
+    """
+    return _ts_jepa("faultdetection-a", _FAULT_HINT.format("FaultDetectionA"), 5120, 40)
+
+
+def faultdetection_b() -> Config:
+    """TS-JEPA on FaultDetectionB (series of 5,120 samples, three classes).
+
+    Source: as `forda`. Command: python -m jepa_fast.train faultdetection-b --data.path FaultDetectionB/FaultDetectionB_TRAIN.tsv
+    """
+    return _ts_jepa("faultdetection-b", _FAULT_HINT.format("FaultDetectionB"), 5120, 40)
+
+
+# ---- small images -------------------------------------------------------------------------------
+
+
+def textures() -> Config:
+    """I-JEPA on generated 48-pixel textures: the phase on images, in minutes on two CPU cores.
+
+    Source: our prototype (generated data, labelled so): width 128, depth 3, 36 tokens, smooth-L1 on
+    layer-normed targets, AdamW 5e-4 without warm-up, constant decay .999.
+    Command: python -m jepa_fast.train textures
+    """
+    return Config(
+        preset="textures",
+        data=Data(kind="images", embedded="textures", image_size=48, channels=1, random_crop=False, mean=(0.5,), std=(0.18,)),
+        masks=Masks(mode="packed", min_keep=4, group=64),
+        model=Model(width=128, depth=3, heads=4, patch=8, predictor_width=64, predictor_depth=2),
+        ema=EMA(decay=0.999, final_decay=0.999, schedule="constant"),
+        optim=_constant_adamw(lr=5e-4, weight_decay=0.04),
+        train=Train(steps=2600, batch_size=64),
+        monitor=Monitor(every=100, probe_train=3000, probe_test=1500),
+        checkpoint=Checkpoint(every=1000),
+        log=Log(every=10),
+    )
+
+
+def digits() -> Config:
+    """I-JEPA on scikit-learn's 1,797 scanned digits, upscaled to 32 pixels (64 tokens): real images, nothing to download.
+
+    Source: recipe and sizes are ours. An untrained encoder already probes well on digits, so expect
+    little of a dip in the probes. Command: python -m jepa_fast.train digits
+    """
+    return Config(
+        preset="digits",
+        data=Data(kind="images", embedded="digits", image_size=32, channels=1, random_crop=False, mean=(0.31,), std=(0.38,)),
+        masks=Masks(mode="packed", min_keep=4, group=64),
+        model=Model(width=128, depth=4, heads=4, patch=4, predictor_width=64, predictor_depth=2),
+        ema=EMA(decay=0.996, final_decay=0.996, schedule="constant"),
+        optim=_constant_adamw(lr=5e-4, weight_decay=0.04),
+        train=Train(steps=1500, batch_size=64),
+        monitor=Monitor(every=100, probe_train=1000, probe_test=360),
+        checkpoint=Checkpoint(every=500),
+        log=Log(every=10),
+    )
+
+
+def images() -> Config:
+    """I-JEPA, ViT-S/16 at 224 pixels, on a folder of one's own images.
+
+    Source: I-JEPA's recipe with the batch and the length cut to what one device can do; ours.
+    Command: python -m jepa_fast.train images --data.path FOLDER
+    """
+    hint = "a folder of images (with or without a subfolder for each class), shards or an ImageNet layout"
+    return _i_jepa("images", hint, width=384, depth=12, heads=6, patch=16, predictor_depth=6, batch_size=256, epochs=100, warmup_epochs=10)
+
+
+def series() -> Config:
+    """TS-JEPA on one's own series: a .tsv, .ts, .pt, .npy or .csv file.
+
+    Source: as `demo`, 10 patches. Command: python -m jepa_fast.train series --data.path FILE --data.series_length L
+    """
+    config = _ts_jepa("series", "a file of series: .tsv or .ts (UCR), .pt (dict of samples, labels), .npy, .csv", 500, 100)
+    return config
+
+
+def cifar10_vitb() -> Config:
+    """I-JEPA, ViT-B/4 on CIFAR-10 (the paper's figure 1).
+
+    Source: the paper names ViT-Base, CIFAR-10 and I-JEPA's masks; patch 4 (8x8 tokens), min_keep 4,
+    batch 512 and 300 epochs are our reading. Command: python -m jepa_fast.train cifar10-vitb --data.path cifar-10-batches-py
+    """
+    hint = "the folder cifar-10-batches-py (or -bin) of the CIFAR-10 archive"
+    config = _i_jepa("cifar10-vitb", hint, width=768, depth=12, heads=12, patch=4, predictor_depth=6, batch_size=512, epochs=300,
+                     warmup_epochs=15, start_lr=1e-4, image_size=32, min_keep=4)  # fmt: skip
+    return config
+
+
+# ---- ImageNet -----------------------------------------------------------------------------------
+
+_IN1K_HINT = "shards imagenet1k-train-{0000..1023}.tar (and imagenet1k-validation-*.tar beside them), or the folder with train/ and val/"
+
+
+def _i_jepa(
+    name: str, hint: str, *, width: int, depth: int, heads: int, patch: int, predictor_depth: int, batch_size: int = 2048,
+    epochs: float = 300, warmup_epochs: float = 40, start_lr: float = 2e-4, image_size: int = 224, min_keep: int = 10,
+) -> Config:  # fmt: skip
+    """facebookresearch/ijepa's configuration, with our `packed` masks; `--masks.mode reference` for its own."""
+    return Config(
+        preset=name,
+        data=Data(kind="images", image_size=image_size, hint=hint, workers=8),
+        masks=Masks(mode="packed", min_keep=min_keep),
+        model=Model(width=width, depth=depth, heads=heads, patch=patch, predictor_width=384, predictor_depth=predictor_depth),
+        objective=Objective(loss="smooth_l1"),
+        ema=EMA(decay=0.996, final_decay=1.0, schedule="linear"),
+        optim=Optim(lr=1e-3, start_lr=start_lr, final_lr=1e-6, warmup_epochs=warmup_epochs, weight_decay=0.04, final_weight_decay=0.4),
+        train=Train(steps=0, epochs=epochs, batch_size=batch_size, precision="bf16"),
+        monitor=Monitor(every=500, probe_train=4000, probe_test=2000),
+        checkpoint=Checkpoint(every=1000, keep=3),
+        log=Log(every=20),
+    )
+
+
+def in100_vitb16() -> Config:
+    """I-JEPA, ViT-B/16 on ImageNet-100 (the paper's figure 2).
+
+    Source: the paper, appendix C.2: batch 512, lr 1e-4 -> 1e-3 over 15 epochs. Epochs: 300.
+    Command: python -m jepa_fast.train in100-vitb16 --data.path SHARDS [--data.label_filter in100.txt]
+    """
+    hint = "ImageNet-100 as shards or a folder with train/ and val/ (or ImageNet-1K shards with --data.label_filter LIST)"
+    return _i_jepa("in100-vitb16", hint, width=768, depth=12, heads=12, patch=16, predictor_depth=6, batch_size=512,
+                   warmup_epochs=15, start_lr=1e-4)  # fmt: skip
+
+
+def in1k_vitb16() -> Config:
+    """I-JEPA, ViT-B/16 on ImageNet-1K; the default where there is a CUDA device.
+
+    Source: facebookresearch/ijepa in1k_vith14_ep300 with a ViT-B/16 (predictor depth 6); no B configuration was ever released.
+    Command: torchrun --nproc_per_node=8 -m jepa_fast.train in1k-vitb16 --data.path SHARDS
+    """
+    return _i_jepa("in1k-vitb16", _IN1K_HINT, width=768, depth=12, heads=12, patch=16, predictor_depth=6)
+
+
+def in1k_vitl16() -> Config:
+    """I-JEPA, ViT-L/16 on ImageNet-1K.
+
+    Source: as in1k-vitb16 with predictor depth 12. Command: torchrun --nproc_per_node=8 -m jepa_fast.train in1k-vitl16 --data.path SHARDS
+    """
+    return _i_jepa("in1k-vitl16", _IN1K_HINT, width=1024, depth=24, heads=16, patch=16, predictor_depth=12)
+
+
+def in1k_vith14() -> Config:
+    """I-JEPA, ViT-H/14 on ImageNet-1K, the published configuration.
+
+    Source: facebookresearch/ijepa configs/in1k_vith14_ep300.yaml.
+    Command: torchrun --nproc_per_node=8 -m jepa_fast.train in1k-vith14 --data.path SHARDS
+    """
+    return _i_jepa("in1k-vith14", _IN1K_HINT, width=1280, depth=32, heads=16, patch=14, predictor_depth=12)
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    make.__name__.replace("_", "-"): make
+    for make in (
+        demo, textures, digits, images, series, cifar10_vitb, in100_vitb16, in1k_vitb16, in1k_vitl16, in1k_vith14,
+        forda, fordb, faultdetection_a, faultdetection_b,
+    )
+}  # fmt: skip
+
+
+def preset(name: str) -> Config:
+    """The preset of that name. Raises UsageError, with the nearest name, if there is none."""
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}{suggest(name, PRESETS)}; --list shows all")
+    return PRESETS[name]()
