@@ -1,0 +1,105 @@
+"""The JEPA: context encoder, target encoder, predictor and loss, composed.
+
+In: inputs and a MaskPlan. Out: the loss (equation 2 of the paper, or I-JEPA's smooth-L1) and the two
+encodings, which the monitor compares. Knows nothing of devices, optimizers or files.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_fast.config import Config, Model
+from jepa_fast.data.packing import MaskPlan
+from jepa_fast.model.predictor import Predictor
+from jepa_fast.model.tokens import Tokenizer
+from jepa_fast.model.vit import Encoder
+
+# Shape legend: B images, N tokens of one, Tc context and Tt target tokens of the batch, D width.
+
+
+class Output(NamedTuple):
+    loss: Tensor  # float32 scalar, mean over features, an image's target tokens and images
+    context: Tensor  # [Tc, D] f(x): visible tokens by the context encoder, detached
+    target: Tensor  # [B, N, D] g(x_hat): all tokens by the target encoder, as it gives them
+
+
+class JEPA(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        model = config.model
+        self.loss = config.objective.loss
+        self.target_norm = config.objective.target_norm
+        self.context_encoder = _encoder(config)
+        self.target_encoder = _encoder(config).requires_grad_(False)
+        self.predictor = Predictor(
+            config.grid, model.width, width=model.predictor_width, depth=model.predictor_depth,
+            heads=model.predictor_heads or model.heads, mlp_ratio=model.mlp_ratio, eps=model.norm_eps,
+        )  # fmt: skip
+        initialise(self.context_encoder, model)
+        initialise(self.predictor, model)
+        self.target_encoder.load_state_dict(self.context_encoder.state_dict())  # theta_bar(0) = theta(0)
+
+    def forward(self, inputs: Tensor, plan: MaskPlan) -> Output:
+        """inputs: uint8 or float [B, C, H, W], or float [B, C, L]."""
+        patches = self.context_encoder.tokenizer(inputs)  # [B, N, P]
+
+        with torch.no_grad():
+            target = self.target_encoder.encode(patches)  # [B, N, D]
+
+        visible = patches.flatten(0, 1)[plan.context_rows]  # [Tc, P]
+        context = self.context_encoder.packed(visible, plan.context_index, plan.context_cu, plan.context_max)
+        prediction = self.predictor.packed(context, plan)  # [Tt, D]
+
+        hidden = self.normalise(target).flatten(0, 1)[plan.target_rows]  # [Tt, D]
+        loss = plan.target_weight @ token_loss(prediction, hidden, self.loss)
+        return Output(loss, context.detach(), target)
+
+    def normalise(self, target: Tensor) -> Tensor:
+        """The regression target of features [..., D]: float32, layer-normed without affine if configured."""
+        target = target.float()
+        return F.layer_norm(target, target.shape[-1:]) if self.target_norm else target
+
+
+def token_loss(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
+    """Mean over features of `l2`, `smooth_l1` (beta 1) or `l1`, in float32: [..., D] -> [...].
+
+    `l2` times D is the squared norm of the paper's equation 2.
+    """
+    prediction, target = prediction.float(), target.float()
+    if kind == "l2":
+        error = F.mse_loss(prediction, target, reduction="none")
+    elif kind == "l1":
+        error = F.l1_loss(prediction, target, reduction="none")
+    else:
+        error = F.smooth_l1_loss(prediction, target, reduction="none")
+    return error.mean(-1)
+
+
+def _encoder(config: Config) -> Encoder:
+    data, model = config.data, config.model
+    size = model.patch if data.kind == "images" else model.num_patches
+    return Encoder(
+        Tokenizer(data.kind, size, data.mean, data.std), config.grid, config.patch_dim,
+        width=model.width, depth=model.depth, heads=model.heads, mlp_ratio=model.mlp_ratio, eps=model.norm_eps,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, model: Model) -> None:
+    """Truncated normal (std init_std, cut at +-2) on linear weights and the mask token; biases 0, LayerNorms 1 and 0."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=model.init_std)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, Predictor):
+            nn.init.trunc_normal_(part.mask_token, std=model.init_std)
+    if model.depth_scaled_init and isinstance(module, (Encoder, Predictor)):
+        for layer, block in enumerate(module.blocks, start=1):
+            block.attn.proj.weight.div_(math.sqrt(2 * layer))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * layer))
