@@ -1,0 +1,90 @@
+"""What a run writes and shows: metrics.jsonl, events.jsonl, and a live line on the terminal.
+
+JSONL first: one record a line, flushed when written, so that a killed run loses nothing it logged.
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class RunLog:
+    """Appends records and events to a run folder. On resume, what lies after the checkpoint is cut off."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        self.records = _truncate(folder / "metrics.jsonl", resume_step)
+        self.events = _truncate(folder / "events.jsonl", resume_step)
+        self._metrics = (folder / "metrics.jsonl").open("a")
+        self._events = (folder / "events.jsonl").open("a")
+
+    def record(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        _append(self._metrics, record)
+
+    def event(self, kind: str, step: int, **details: Any) -> None:
+        self.events.append({"kind": kind, "step": step, **details})
+        _append(self._events, self.events[-1])
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+
+
+def _append(stream: Any, line: dict[str, Any]) -> None:
+    plain = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in line.items()}
+    stream.write(json.dumps(plain) + "\n")
+    stream.flush()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file; a last line cut short by a kill is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the records before `step` only (a resumed run writes those from `step` on again)."""
+    kept = [r for r in read(path) if r.get("called_at", r.get("step", 0)) < step]
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    beside.rename(path)
+    return kept
+
+
+class Progress:
+    """One live line on a terminal; a plain line now and then elsewhere. `quiet` says nothing (other ranks)."""
+
+    def __init__(self, steps: int, start: int, quiet: bool, lines: int = 20):
+        self.steps, self.start, self.quiet = steps, start, quiet
+        self.live = sys.stdout.isatty()
+        self.every = max(1, (steps - start) // lines)
+        self.began = time.monotonic()
+        self.next_line = start
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """`values` by name, in the order to show them."""
+        if self.quiet or not (self.live or step >= self.next_line or step == self.steps):
+            return
+        self.next_line = step + self.every
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        line = f"step {step:>{len(str(self.steps))}}/{self.steps}  {shown}  {self._left(step)}"
+        if self.live:
+            bar = round(16 * step / self.steps)
+            print(f"\r\x1b[K[{'█' * bar}{'·' * (16 - bar)}] {line}", end="" if step < self.steps else "\n", flush=True)
+        else:
+            print(line, flush=True)
+
+    def _left(self, step: int) -> str:
+        if step == self.start:
+            return "left ..."
+        seconds = (time.monotonic() - self.began) / (step - self.start) * (self.steps - step)
+        return f"left {int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}"

@@ -1,0 +1,98 @@
+"""Probes: what a linear or nearest-neighbour readout gets from frozen features. Deterministic, closed-form.
+
+In: a fixed labelled set and an encoder. Out: accuracies as fractions, by protocol: ridge on
+standardised features (the headline), ridge on raw features, kNN; the protocol can change the verdict.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_fast.data.dataset import Source
+
+# Shape legend: n training and m test samples of the probe, D width, c classes.
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """The same inputs at every measurement, of every run on these data, whatever its seed."""
+
+    train: Tensor  # uint8 [n, C, H, W] or float32 [n, C, L]
+    train_labels: Tensor  # int64 [n]
+    test: Tensor
+    test_labels: Tensor
+    num_classes: int
+
+    @property
+    def majority(self) -> float:
+        """Accuracy on the test samples of always naming the most common training class."""
+        common = torch.bincount(self.train_labels, minlength=self.num_classes).argmax()
+        return float((self.test_labels == common).double().mean())
+
+
+def collect(train: Source, test: Source, num_classes: int, num_train: int, num_test: int) -> ProbeSet:
+    """Draw the probe set: a fixed random subset of each source, without augmentation."""
+    train_x, train_y = _subset(train, num_train)
+    test_x, test_y = _subset(test, num_test)
+    return ProbeSet(train_x, train_y, test_x, test_y, num_classes)
+
+
+def _subset(source: Source, count: int) -> tuple[Tensor, Tensor]:
+    assert source.labels is not None
+    chosen = np.random.default_rng(0).permutation(len(source))[:count]
+    inputs = np.stack([source.load(int(i), None) for i in chosen])
+    return torch.from_numpy(inputs), torch.from_numpy(np.asarray(source.labels)[chosen].astype(np.int64))
+
+
+@torch.no_grad()
+def features(encoder: nn.Module, inputs: Tensor, device: torch.device, batch_size: int = 256) -> Tensor:
+    """Average-pooled features of all tokens, float32 [n, D] on `device`."""
+    return torch.cat([encoder(x.to(device)).float().mean(1) for x in inputs.split(batch_size)])
+
+
+def score(encoder: nn.Module, probe: ProbeSet, device: torch.device, ridge: float, knn: int, temperature: float) -> tuple[dict[str, float], Tensor]:
+    """({'': ridge on standardised features, '/balanced': its mean recall over classes, '/raw', '/knn'}, train features [n, D])."""
+    x, test = features(encoder, probe.train, device), features(encoder, probe.test, device)
+    y, truth = probe.train_labels.to(device), probe.test_labels.to(device)
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-8)
+    standardised = ridge_predict((x - mean) / std, y, (test - mean) / std, probe.num_classes, ridge)
+    raw = ridge_predict(x, y, test, probe.num_classes, ridge)
+    near = knn_predict(x, y, test, probe.num_classes, knn, temperature)
+    return {
+        "": accuracy(standardised, truth),
+        "/balanced": balanced_accuracy(standardised, truth),
+        "/raw": accuracy(raw, truth),
+        "/knn": accuracy(near, truth),
+    }, x
+
+
+def ridge_predict(x: Tensor, y: Tensor, test: Tensor, num_classes: int, ridge: float) -> Tensor:
+    """Classes int64 [m] by least squares on one-hot labels with penalty ridge * n, in float64, intercept unpenalised."""
+    x, test = x.double(), test.double()
+    onehot = F.one_hot(y, num_classes).double()
+    mean, base = x.mean(0), onehot.mean(0)
+    centred = x - mean
+    gram = centred.T @ centred
+    gram.diagonal().add_(ridge * len(x))
+    weight = torch.linalg.solve(gram, centred.T @ (onehot - base))
+    return ((test - mean) @ weight + base).argmax(1)
+
+
+def knn_predict(x: Tensor, y: Tensor, test: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
+    """Classes int64 [m] by the k nearest in cosine, weighted exp(similarity / temperature) (DINO's protocol)."""
+    similarity, index = (F.normalize(test, dim=1) @ F.normalize(x, dim=1).T).topk(min(k, len(x)), dim=1)
+    votes = torch.zeros(len(test), num_classes, dtype=torch.float64, device=x.device)
+    votes.scatter_add_(1, y[index], (similarity.double() / temperature).exp())
+    return votes.argmax(1)
+
+
+def accuracy(predicted: Tensor, truth: Tensor) -> float:
+    return float((predicted == truth).double().mean())
+
+
+def balanced_accuracy(predicted: Tensor, truth: Tensor) -> float:
+    """Mean recall over the classes present."""
+    return float(np.mean([float((predicted[truth == c] == c).double().mean()) for c in truth.unique()]))
