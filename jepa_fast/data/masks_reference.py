@@ -1,0 +1,169 @@
+"""The mask sampler in plain Python: the random streams, the block sizes, and what each row draws.
+
+In: one 64-bit stream key per row, block sizes. Out: ragged token numbers (`Drawn`), before any cut to a common length.
+csrc/jepa_fast/masks.cpp does the same as the three `draw_*` functions, faster, and must give the same bits. So they
+take whole numbers only: everything with a fraction (scales, aspects, probabilities) is settled in Python before.
+"""
+
+import math
+
+import numpy as np
+
+from jepa_fast.config import Masks
+
+Drawn = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""context [Tc], context_lengths [R], targets [Tt], target_lengths [R] of R rows, all int64."""
+
+SIZES, ROWS = 1, 2  # domains: streams of different use never meet
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(z):
+    """splitmix64's finaliser (Steele, Lea, Flood 2014), of one int or of a uint64 array."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
+    return z ^ (z >> 31)
+
+
+def stream_keys(seed: int, domain: int, first, second) -> np.ndarray:
+    """uint64 [R], a stream's key for each pair of numbers: (step, group) of sizes, (epoch, sample) of rows."""
+    first, second = (np.atleast_1d(np.asarray(a, np.int64)).astype(np.uint64) for a in (first, second))
+    key = np.full(np.broadcast(first, second).shape, seed & _WORD, np.uint64)
+    for number in (np.uint64(domain), first, second):
+        key = _mix((key + np.uint64(_GOLDEN)) & _WORD) ^ number
+    return _mix(key)
+
+
+class Stream:
+    """splitmix64 from a key."""
+
+    def __init__(self, key: int):
+        self._state = int(key)
+
+    def next(self) -> int:
+        """The next 64 bits."""
+        self._state = (self._state + _GOLDEN) & _WORD
+        return _mix(self._state)
+
+    def uniform(self) -> float:
+        """In [0, 1), a multiple of 2^-53."""
+        return (self.next() >> 11) * 2.0**-53
+
+    def below(self, n: int) -> int:
+        """In [0, n), by multiply-shift of the upper 32 bits; uneven by at most n / 2^32."""
+        return ((self.next() >> 32) * n) >> 32
+
+
+# ---- sizes: one draw for a group ----------------------------------------------------------------
+
+
+def reach(mode: str, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """The part of the grid blocks are drawn in.
+
+    I-JEPA draws a corner from [0, H-h), so its last row and column are never used (quirk 2): a grid one smaller.
+    """
+    return tuple(n - 1 for n in grid) if mode == "reference" else grid
+
+
+def block_sizes(config: Masks, grid: tuple[int, ...], u: float, v: float, w: float) -> tuple[int, int, int, int]:
+    """(target height, width, context height, width) from three uniforms: target scale, its aspect, context scale."""
+    if config.mode in ("reference", "fixed"):
+        v = u  # I-JEPA's one draw for scale and aspect (quirk 1)
+    target = _block_size(grid, reach(config.mode, grid), _lerp(config.target_scale, u), _lerp(config.target_aspect, v))
+    return target + _block_size(grid, reach(config.mode, grid), _lerp(config.context_scale, w), 1.0)
+
+
+def draw_sizes(config: Masks, grid: tuple[int, ...], key: int, tries: int) -> tuple[int, int, int, int] | None:
+    """Sizes for the stream `key`; drawn again while the target is below min_keep. None after `tries` draws."""
+    stream = Stream(key)
+    for _ in range(tries):
+        sizes = block_sizes(config, grid, stream.uniform(), stream.uniform(), stream.uniform())
+        if sizes[0] * sizes[1] >= config.min_keep:
+            return sizes
+    return None
+
+
+def _lerp(bounds: tuple[float, float], t: float) -> float:
+    return bounds[0] + t * (bounds[1] - bounds[0])
+
+
+def _block_size(grid: tuple[int, ...], most: tuple[int, ...], scale: float, aspect: float) -> tuple[int, int]:
+    area = int(math.prod(grid) * scale)
+    return min(round(math.sqrt(area * aspect)), most[0]), min(round(math.sqrt(area / aspect)), most[1])
+
+
+# ---- rows: locations and tokens, one image after the other --------------------------------------
+
+
+def draw_blocks(
+    keys: np.ndarray, sizes: np.ndarray, grid: tuple[int, int], within: tuple[int, int],
+    num_targets: int, need: int, keep: int, tries: int,
+) -> Drawn | None:  # fmt: skip
+    """Target blocks, and what they leave of a context block.
+
+    keys: uint64 [R]; sizes: int64 [R, 4]; within: see `reach`. Locations are drawn again until `need` context
+    tokens are left; `keep` of them, uniformly chosen, are taken (0: all). None if a row used up its `tries`.
+    """
+    tokens = np.arange(grid[0] * grid[1]).reshape(grid)
+    contexts, targets = [], []
+    for key, (height, width, *context_size) in zip(keys.tolist(), sizes.tolist(), strict=True):
+        stream = Stream(key)
+        for _ in range(tries):
+            corners = [_corner(stream, within, (height, width)) for _ in range(num_targets)]
+            visible = np.zeros(grid, bool)
+            top, left = _corner(stream, within, context_size)
+            visible[top : top + context_size[0], left : left + context_size[1]] = True
+            for top, left in corners:
+                visible[top : top + height, left : left + width] = False
+            context = np.flatnonzero(visible)
+            if len(context) >= need:
+                break
+        else:
+            return None
+        contexts.append(context[_choose(stream, len(context), keep)] if keep else context)
+        targets += [tokens[top : top + height, left : left + width].ravel() for top, left in corners]
+    return *_ragged(contexts), np.concatenate(targets), sizes[:, 0] * sizes[:, 1]
+
+
+def draw_exact(keys: np.ndarray, num_tokens: int, hidden: int) -> Drawn:
+    """Exactly `hidden` tokens of each row are the target, the others its context."""
+    masks = [_choose(Stream(key), num_tokens, hidden) for key in keys.tolist()]
+    return _split(masks)
+
+
+def draw_bernoulli(keys: np.ndarray, num_tokens: int, threshold: int, need: int, tries: int) -> Drawn | None:
+    """Each token is hidden with probability threshold / 2^53, given `need` hidden and `need` visible ones."""
+    masks = []
+    for key in keys.tolist():
+        stream = Stream(key)
+        for _ in range(tries):
+            mask = np.array([stream.next() >> 11 < threshold for _ in range(num_tokens)])
+            if need <= mask.sum() <= num_tokens - need:
+                break
+        else:
+            return None
+        masks.append(mask)
+    return _split(masks)
+
+
+def _corner(stream: Stream, within: tuple[int, int], size) -> tuple[int, int]:
+    return stream.below(within[0] - size[0] + 1), stream.below(within[1] - size[1] + 1)
+
+
+def _choose(stream: Stream, n: int, k: int) -> np.ndarray:
+    """bool [n], a uniformly random k of them True: selection sampling (Knuth 3.4.2 S), in order and without a sort."""
+    chosen, left = np.zeros(n, bool), k
+    for i in range(n):
+        if stream.below(n - i) < left:
+            chosen[i] = True
+            left -= 1
+    return chosen
+
+
+def _split(hidden: list[np.ndarray]) -> Drawn:
+    return *_ragged([np.flatnonzero(~h) for h in hidden]), *_ragged([np.flatnonzero(h) for h in hidden])
+
+
+def _ragged(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate(rows).astype(np.int64), np.array([len(r) for r in rows], np.int64)
