@@ -1,0 +1,184 @@
+"""Time series from the files people have: UCR .tsv, .ts, .pt, .npy, .csv. Out: float32 [n, C, L] and labels."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from jepa_fast.errors import UsageError
+
+SUFFIXES = (".tsv", ".ts", ".pt", ".npy", ".csv")
+
+
+@dataclass(frozen=True)
+class SeriesFile:
+    samples: np.ndarray  # float32 [n, C, L]
+    labels: np.ndarray | None  # str [n], as the file writes them
+
+
+def find(path: str) -> tuple[Path, Path | None]:
+    """(training file, test file or None) of a file, or of a folder that holds one training file.
+
+    X_TRAIN.tsv goes with X_TEST.tsv, train.pt with test.pt.
+    """
+    given = Path(path)
+    if given.is_dir():
+        training = sorted(f for f in given.iterdir() if f.suffix in SUFFIXES and re.search("train", f.name, re.I))
+        if len(training) != 1:
+            held = "no file" if not training else f"{len(training)} files"
+            raise UsageError(
+                f"--data.path {path} holds {held} of series with 'train' in the name ({', '.join(SUFFIXES)}); give the training file itself"
+            )
+        given = training[0]
+    if not given.is_file():
+        raise UsageError(f"--data.path {path} does not exist; give a file of series ({', '.join(SUFFIXES)})")
+    for train, test in (("TRAIN", "TEST"), ("train", "test"), ("Train", "Test")):
+        stem, found, suffix = given.name.rpartition(train)
+        partner = given.with_name(stem + test + suffix)
+        if found and partner.is_file():
+            return given, partner
+    return given, None
+
+
+def load(file: Path) -> SeriesFile:
+    """Read a file of series. Raises UsageError naming file, line and mend."""
+    readers = {".tsv": _read_tsv, ".ts": _read_ts, ".pt": _read_pt, ".npy": _read_npy, ".csv": _read_csv}
+    if file.suffix not in readers:
+        raise UsageError(f"{file} is not a file of series; known are {', '.join(readers)}")
+    try:
+        samples, labels = readers[file.suffix](file)
+    except UsageError:
+        raise
+    except Exception as error:  # damaged pickles and arrays raise nearly anything
+        raise UsageError(
+            f"{file} cannot be read as {file.suffix}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
+    if samples.size == 0:
+        raise UsageError(f"{file} holds no series; put one on every line")
+    bad = np.flatnonzero(~np.isfinite(samples).all((1, 2)))
+    if len(bad):
+        raise UsageError(
+            f"{file}: series {bad[0] + 1} of {len(samples)} holds a missing or infinite value ({len(bad)} such series); fill the gaps or leave them out"
+        )
+    if labels is not None and len(labels) != len(samples):
+        raise UsageError(f"{file} holds {len(samples)} series but {len(labels)} labels")
+    return SeriesFile(samples, labels)
+
+
+def normalise(samples: np.ndarray, how: str, train: np.ndarray) -> np.ndarray:
+    """z-normalise [n, C, L] `per_series` (each channel by itself), by the statistics of `train`, or (`none`) not at all."""
+    if how == "none":
+        return samples
+    if how == "train":
+        mean, std = (
+            train.mean((0, 2), dtype=np.float64)[None, :, None],
+            train.std((0, 2), dtype=np.float64)[None, :, None],
+        )
+    else:
+        mean, std = samples.mean(2, keepdims=True, dtype=np.float64), samples.std(2, keepdims=True, dtype=np.float64)
+    return ((samples - mean) / np.maximum(std, 1e-8)).astype(np.float32)
+
+
+def _read_tsv(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    return _table(file, "\t")
+
+
+def _read_csv(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A series a line, label first; a header line is skipped."""
+    return _table(file, ",")
+
+
+def _table(file: Path, separator: str) -> tuple[np.ndarray, np.ndarray]:
+    lines = [line for line in file.read_text().splitlines() if line.strip()]
+    if lines and _is_header(lines[0], separator):
+        lines = lines[1:]
+    labels, rows = [], []
+    for number, line in enumerate(lines, start=1):
+        label, *values = line.split(separator)
+        labels.append(_tidy(label))
+        rows.append(_numbers(values, file, number))
+    return _stack(rows, file)[:, None], np.array(labels, dtype=str)
+
+
+def _is_header(line: str, separator: str) -> bool:
+    try:
+        [float(v) for v in line.split(separator)[1:]]
+    except ValueError:
+        return True
+    return False
+
+
+def _read_ts(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The format of timeseriesclassification.com: @ header, then channels between ':', the label last."""
+    labelled, begun, rows, labels = True, False, [], []
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        line = line.strip()
+        if not line or line.startswith(("#", "%")):
+            continue
+        if line.startswith("@"):
+            if line.lower().startswith(("@classlabel", "@targetlabel")):
+                labelled = line.split()[1].lower() == "true"
+            begun = begun or line.lower().startswith("@data")
+            continue
+        if not begun:
+            raise UsageError(f"{file}, line {number}: data before the @data line; is this a .ts file?")
+        *channels, last = line.split(":")
+        if labelled:
+            labels.append(_tidy(last))
+        else:
+            channels.append(last)
+        rows.append(_stack([_numbers(c.split(","), file, number) for c in channels], file))
+    return _stack(rows, file), np.array(labels, dtype=str) if labelled else None
+
+
+def _read_pt(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """A dict of samples [n, L] or [n, C, L] and, possibly, labels [n]."""
+    held = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(held, dict) or "samples" not in held:
+        raise UsageError(
+            f"{file} holds no dict with 'samples' (and 'labels'); save it as torch.save({{'samples': x, 'labels': y}}, file)"
+        )
+    labels = held.get("labels")
+    named = None if labels is None else np.array([_tidy(str(v)) for v in torch.as_tensor(labels).flatten().tolist()])
+    return _three_axes(torch.as_tensor(held["samples"]).float().numpy(), file), named
+
+
+def _read_npy(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Samples [n, L] or [n, C, L]; labels [n] in <name>_labels.npy beside it, if that is there."""
+    beside = file.with_name(file.stem + "_labels.npy")
+    labels = (
+        np.array([_tidy(str(v)) for v in np.load(beside, allow_pickle=False).ravel()]) if beside.is_file() else None
+    )
+    return _three_axes(np.load(file, allow_pickle=False).astype(np.float32), file), labels
+
+
+def _three_axes(samples: np.ndarray, file: Path) -> np.ndarray:
+    if samples.ndim not in (2, 3):
+        raise UsageError(f"{file} holds samples of shape {samples.shape}; give [n, L] or [n, C, L]")
+    return samples if samples.ndim == 3 else samples[:, None]
+
+
+def _numbers(values: list[str], file: Path, line: int) -> np.ndarray:
+    try:
+        return np.array([float(v) if v.strip() not in ("", "?") else np.nan for v in values], dtype=np.float32)
+    except ValueError as error:
+        raise UsageError(f"{file}, line {line}: {error}; a series is numbers only") from None
+
+
+def _stack(rows: list[np.ndarray], file: Path) -> np.ndarray:
+    lengths = {row.shape[-1] for row in rows}
+    if len(lengths) > 1:
+        raise UsageError(f"{file} holds series of {min(lengths)} to {max(lengths)} samples; make them equally long")
+    return np.stack(rows) if rows else np.empty((0, 1), np.float32)
+
+
+def _tidy(label: str) -> str:
+    """'1.0', '1' and ' 1' are one class."""
+    label = label.strip()
+    try:
+        number = float(label)
+    except ValueError:
+        return label
+    return str(int(number)) if number.is_integer() else label

@@ -1,0 +1,185 @@
+"""Whatever files the data lie in, a run gets numbered samples, labels and a fingerprint, or one clear sentence."""
+
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jepa_fast.config import replace
+from jepa_fast.data import embedded
+from jepa_fast.data.dataset import fixed_draw, open_dataset
+from jepa_fast.data.shards import BadSample, write_shards
+from jepa_fast.errors import UsageError
+from jepa_fast.presets import PRESETS, preset
+
+
+def small_images(path, **changes):
+    return replace(preset("images"), {"data.path": str(path), "data.image_size": 32, "model.patch": 8, **changes})
+
+
+def write_images(folder, count, size=(40, 50), start=0):
+    folder.mkdir(parents=True)
+    for i in range(count):
+        pixels = np.random.default_rng(start + i).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def test_class_folders_are_split_for_the_probe(tmp_path):
+    write_images(tmp_path / "cats", 12)
+    write_images(tmp_path / "dogs", 18, start=50)
+    data = open_dataset(small_images(tmp_path))
+    assert (len(data.train), len(data.probe_test), data.num_classes) == (24, 6, 2)
+    keys = {data.train.key(i) for i in range(24)} | {data.probe_test.key(i) for i in range(6)}
+    assert len(keys) == 30
+    for i in range(24):
+        assert data.train.labels[i] == int(data.train.key(i).startswith("dogs"))
+    assert data.train.load(0, np.random.default_rng(0)).shape == data.shape == (3, 32, 32)
+    assert "6 of the labelled samples held out" in data.description
+
+
+def test_imagenet_layout_and_plain_folders(tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path / "in" / split / "n01440764", 3)
+        write_images(tmp_path / "in" / split / "n02102040", 2)
+    data = open_dataset(small_images(tmp_path / "in"))
+    assert (len(data.train), len(data.probe_test), data.num_classes) == (5, 5, 2)
+    write_images(tmp_path / "plain", 4)
+    plain = open_dataset(small_images(tmp_path / "plain"))
+    assert plain.probe_train is None and len(plain.train) == 4 and "no labels" in plain.description
+
+
+def test_training_samples_are_augmented_and_probe_samples_are_not(tmp_path):
+    write_images(tmp_path / "x", 2)
+    source = open_dataset(small_images(tmp_path / "x")).train
+    a, b = (source.load(0, np.random.default_rng(seed)) for seed in (1, 2))
+    assert not np.array_equal(a, b)
+    np.testing.assert_array_equal(a, source.load(0, np.random.default_rng(1)))
+    np.testing.assert_array_equal(source.load(0, None), source.load(0, None))
+
+
+@pytest.mark.parametrize("kind", ["py", "bin"])
+def test_cifar_archives(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (6, 4, 3072), dtype=np.uint8), rng.integers(0, 10, (6, 4))
+    folder = tmp_path / f"cifar-10-batches-{kind}"
+    folder.mkdir()
+    for i, name in enumerate([*(f"data_batch_{j}" for j in range(1, 6)), "test_batch"]):
+        if kind == "py":
+            (folder / name).write_bytes(pickle.dumps({"data": pixels[i], "labels": labels[i].tolist()}, protocol=2))
+        else:
+            (folder / f"{name}.bin").write_bytes(
+                np.concatenate([labels[i][:, None].astype(np.uint8), pixels[i]], 1).tobytes()
+            )
+    data = open_dataset(replace(preset("cifar10-vitb"), {"data.path": str(tmp_path), "data.random_crop": False}))
+    assert (len(data.train), len(data.probe_test), data.shape) == (20, 4, (3, 32, 32))
+    np.testing.assert_array_equal(data.train.load(9, None), pixels[2, 1].reshape(3, 32, 32))
+    assert data.train.labels.tolist() == labels[:5].ravel().tolist()
+
+
+def test_a_cifar_pickle_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("owned",))
+
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        (tmp_path / name).write_bytes(pickle.dumps({"data": Evil(), "labels": []}))
+    with pytest.raises(UsageError, match=r"data_batch_1 is not a CIFAR batch"):
+        open_dataset(replace(preset("cifar10-vitb"), {"data.path": str(tmp_path)}))
+
+
+def test_series_labels_are_numbered_over_both_files(tmp_path):
+    (tmp_path / "F_TRAIN.tsv").write_text("-1\t1\t2\t3\t5\n1\t4\t5\t6\t1\n")
+    (tmp_path / "F_TEST.tsv").write_text("1\t1\t2\t3\t7\n7\t4\t5\t6\t1\n")
+    data = open_dataset(replace(preset("series"), {"data.path": str(tmp_path)}))
+    assert data.train.labels.tolist() == [0, 1] and data.probe_test.labels.tolist() == [1, 2]
+    assert data.shape == (1, 4) and data.num_classes == 3
+    np.testing.assert_allclose(data.train.load(0, None).std(), 1, rtol=1e-5)
+
+
+def test_a_label_filter_keeps_classes_and_renumbers_them(tmp_path):
+    def samples(count):
+        for i in range(count):
+            yield {"__key__": f"{i:03}", "npy": np.full((1, 20), i, np.float32), "cls": i % 5}
+
+    write_shards(tmp_path / "s", {"train": samples(50), "test": samples(20)}, "s", 20)
+    (tmp_path / "list.txt").write_text("4\n1\n")
+    config = replace(
+        preset("series"),
+        {"data.path": str(tmp_path / "s"), "data.label_filter": str(tmp_path / "list.txt"), "data.series_norm": "none"},
+    )
+    data = open_dataset(config)
+    assert (len(data.train), len(data.probe_test), data.num_classes) == (20, 8, 2)
+    for i in range(20):
+        assert data.train.load(i, None)[0, 0] % 5 == (1, 4)[data.train.labels[i]]
+    (tmp_path / "list.txt").write_text("9\n")
+    with pytest.raises(UsageError, match="no sample"):
+        open_dataset(config)
+
+
+def test_the_fingerprint_tells_other_data(tmp_path):
+    (tmp_path / "a.csv").write_text("0,1,2,3\n1,2,3,1\n")
+    config = replace(preset("series"), {"data.path": str(tmp_path / "a.csv")})
+    before = open_dataset(config).fingerprint
+    assert open_dataset(config).fingerprint == before
+    (tmp_path / "a.csv").write_text("0,1,2,3\n0,2,3,1\n")
+    assert open_dataset(config).fingerprint != before
+
+
+def test_the_embedded_sensor_set_is_what_it_says():
+    data = open_dataset(preset("demo"))
+    assert (len(data.train), len(data.probe_test), data.shape, data.num_classes) == (3601, 1320, (1, 500), 2)
+    assert "synthetic" in data.description
+    x, chosen = fixed_draw(data.train, 1000)
+    y = data.train.labels[chosen]
+    np.testing.assert_allclose(x.std(2), 1, atol=1e-4)
+    power = np.abs(np.fft.rfft(x[:, 0], axis=1)) ** 2
+    peak = [power[y == c, 10:60].mean(0).argmax() + 10 for c in (0, 1)]  # cycles of 500 samples
+    assert abs(peak[0] / 500 - 0.045) < 0.008 and abs(peak[1] / 500 - 0.060) < 0.008
+
+
+def test_textures_differ_by_the_radius_of_their_spectrum_only():
+    rng = np.random.default_rng(0)
+    radius = np.hypot(np.fft.fftfreq(48)[:, None], np.fft.fftfreq(48)[None, :])
+    for label in range(4):
+        fields = np.stack([embedded.texture(label, 48, rng) for _ in range(40)])
+        np.testing.assert_allclose(fields.std((1, 2)), 1)
+        power = (np.abs(np.fft.fft2(fields)) ** 2).mean(0)
+        ring = [power[abs(radius - r) < 0.012].mean() for r in (0.08, 0.11, 0.14, 0.17)]
+        assert np.argmax(np.array(ring) / [3, 2, 1.5, 1]) in (label, max(0, label - 1))
+        assert ring[label] == max(ring[label:])
+
+
+def test_unreadable_samples_are_left_out_of_the_probe(tmp_path):
+    write_images(tmp_path / "x", 6)
+    (tmp_path / "x" / "3.png").write_bytes(b"rubbish")
+    source = open_dataset(small_images(tmp_path / "x")).train
+    inputs, numbers = fixed_draw(source, 100)
+    assert len(inputs) == 5 and 3 not in numbers
+    with pytest.raises(BadSample):
+        source.load(3, None)
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if not preset(n).data.embedded])
+def test_a_preset_without_its_data_says_in_one_line_what_to_put_where(name, tmp_path):
+    for config in (preset(name), replace(preset(name), {"data.path": str(tmp_path / "missing")})):
+        with pytest.raises(UsageError) as raised:
+            open_dataset(config)
+        assert "--data.path" in str(raised.value) and preset(name).data.hint in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_data_of_the_other_kind_are_pointed_to_the_right_preset(tmp_path):
+    write_images(tmp_path / "pictures", 2)
+    with pytest.raises(UsageError, match="jepa_fast.train images --data.path"):
+        open_dataset(replace(preset("series"), {"data.path": str(tmp_path / "pictures")}))
+    (tmp_path / "x.tsv").write_text("1\t2\n")
+    with pytest.raises(UsageError, match="jepa_fast.train series --data.path"):
+        open_dataset(small_images(tmp_path / "x.tsv"))
+    with pytest.raises(UsageError, match="jepa_fast.train series --data.path"):
+        open_dataset(small_images(embedded.shards_of("sensor")[0]))
+    with pytest.raises(UsageError, match="files on this machine"):
+        open_dataset(small_images("s3://bucket/x.tar"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no image"):
+        open_dataset(small_images(tmp_path / "empty"))

@@ -1,0 +1,128 @@
+"""The loader: the same global batches whatever the threads, the processes and the interruptions."""
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_fast.config import replace
+from jepa_fast.data.dataset import open_dataset
+from jepa_fast.data.loader import Loader
+from jepa_fast.data.shards import BadSample
+from jepa_fast.errors import UsageError
+from jepa_fast.presets import preset
+
+
+class Noise:
+    """Samples that tell their number, and the random stream they were augmented with."""
+
+    labels = None
+
+    def __init__(self, count, bad=()):
+        self.count, self.bad = count, set(bad)
+
+    def __len__(self):
+        return self.count
+
+    def load(self, index, rng):
+        if index in self.bad:
+            raise BadSample("unreadable")
+        return np.array([[index, rng.random(), *np.zeros(98)]], np.float32)
+
+    def key(self, index):
+        return f"noise:{index}"
+
+
+def config(**changes):
+    return replace(preset("demo"), {"train.batch_size": 8, "data.series_length": 100, **changes})
+
+
+def batches(start=0, stop=12, rank=0, size=1, source=None, **changes):
+    loader = Loader(config(**changes), source or Noise(37), 5, rank, size, start, stop)
+    try:
+        return list(loader)
+    finally:
+        loader.close()
+
+
+def test_a_resumed_loader_gives_the_batches_it_would_have_given():
+    for a, b in zip(batches()[5:], batches(start=5), strict=True):
+        assert a.step == b.step and torch.equal(a.inputs, b.inputs)
+        for field in dataclasses.fields(a.plan):
+            x, y = getattr(a.plan, field.name), getattr(b.plan, field.name)
+            assert x == y if isinstance(x, int) else torch.equal(x, y)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_share_out_one_global_batch(size):
+    parts = [batches(rank=rank, size=size) for rank in range(size)]
+    for whole, shares in zip(batches(), zip(*parts, strict=True), strict=True):
+        assert torch.equal(whole.inputs, torch.cat([s.inputs for s in shares]))
+        assert torch.equal(whole.plan.target_index, torch.cat([s.plan.target_index for s in shares]))
+
+
+@pytest.mark.parametrize("workers", [1, 3, 16])
+def test_threads_change_nothing(workers):
+    for a, b in zip(batches(), batches(**{"data.workers": workers}), strict=True):
+        assert torch.equal(a.inputs, b.inputs)
+
+
+def test_a_sample_is_augmented_anew_every_epoch():
+    seen = {}
+    for batch in batches(stop=15):
+        for epoch, row in zip(batch.epochs, batch.inputs[:, 0].tolist(), strict=True):
+            seen.setdefault(row[0], {})[int(epoch)] = row[1]
+    assert any(len(by_epoch) == 3 for by_epoch in seen.values())
+    assert all(len(set(by_epoch.values())) == len(by_epoch) for by_epoch in seen.values())
+
+
+def test_bad_samples_are_replaced_reported_once_and_the_same_for_everyone():
+    got = batches(source=Noise(400, bad=[3, 4, 200]), stop=100)
+    again = batches(source=Noise(400, bad=[3, 4, 200]), start=50, stop=100, **{"data.workers": 7})
+    assert torch.equal(got[99].inputs, again[49].inputs)
+    loader = Loader(config(), Noise(400, bad=[3, 4, 200]), 5, 0, 1, 0, 100)
+    numbers = np.concatenate([b.samples for b in loader])
+    loader.close()
+    assert sorted(loader.bad) == [("noise:200", "unreadable"), ("noise:3", "unreadable"), ("noise:4", "unreadable")]
+    assert (
+        not set(numbers) & {3, 4, 200} and np.bincount(numbers)[5] == 6
+    )  # in place of 3 and 4, and for itself, in two epochs
+
+
+def test_too_many_bad_samples_end_the_run_with_one_sentence():
+    with pytest.raises(
+        UsageError, match=r"cannot be read, more than --data.max_bad_share 0.01; the last is noise:\d+: unreadable"
+    ):
+        batches(source=Noise(400, bad=range(0, 400, 10)), stop=100)
+    with pytest.raises(UsageError, match="not one of the 5 samples can be read"):
+        batches(source=Noise(5, bad=range(5)), **{"data.max_bad_share": 1.0})
+
+
+def test_an_error_of_the_source_reaches_the_loop():
+    class Broken(Noise):
+        def load(self, index, rng):
+            raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        batches(source=Broken(10))
+
+
+def test_closing_early_ends_the_threads():
+    before = threading.active_count()
+    loader = Loader(config(), Noise(37), 5, 0, 1, 0, 10**6)
+    next(iter(loader))
+    loader.close()
+    assert threading.active_count() == before
+
+
+def test_the_demo_trains_on_its_shards():
+    demo = preset("demo")
+    data = open_dataset(demo)
+    loader = Loader(demo, data.train, 0, 0, 1, 0, 2)
+    first, _ = loader
+    loader.close()
+    assert first.inputs.shape == (32, 1, 500) and first.inputs.dtype == torch.float32
+    np.testing.assert_array_equal(first.inputs[4], data.train.load(int(first.samples[4]), None))
+    assert len(first.plan.context_index) == 32 * 3 and len(first.plan.target_index) == 32 * 7

@@ -1,0 +1,107 @@
+"""Files of series, in exactly the formats people have."""
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_fast.data import series
+from jepa_fast.errors import UsageError
+
+VALUES = np.array([[0.5, 1.25, -3.0], [1e-3, 2.0, 4.0]], dtype=np.float32)
+
+
+def test_ucr_tsv(tmp_path):
+    file = tmp_path / "FordA_TRAIN.tsv"
+    file.write_text("-1\t0.5\t1.25\t-3\n1\t1e-3\t2\t4\n")
+    held = series.load(file)
+    np.testing.assert_array_equal(held.samples, VALUES[:, None])
+    assert held.samples.dtype == np.float32 and held.labels.tolist() == ["-1", "1"]
+
+
+def test_ts_with_header_and_channels(tmp_path):
+    file = tmp_path / "X_TRAIN.ts"
+    file.write_text(
+        "#comment\n@problemName X\n@timeStamps false\n@univariate false\n@classLabel true a b\n@data\n0.5,1.25,-3:1,2,3:a\n1e-3,2,4:4,5,6:b\n"
+    )
+    held = series.load(file)
+    assert held.samples.shape == (2, 2, 3) and held.labels.tolist() == ["a", "b"]
+    np.testing.assert_array_equal(held.samples[:, 0], VALUES)
+
+
+def test_ts_without_labels(tmp_path):
+    file = tmp_path / "x.ts"
+    file.write_text("@classLabel false\n@data\n1,2,3\n4,5,6\n")
+    held = series.load(file)
+    assert held.samples.shape == (2, 1, 3) and held.labels is None
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1, 3)])
+def test_pt_of_float64_with_float_labels(tmp_path, shape):
+    file = tmp_path / "train.pt"
+    torch.save({"samples": torch.from_numpy(VALUES.reshape(shape)).double(), "labels": torch.tensor([0.0, 2.0])}, file)
+    held = series.load(file)
+    np.testing.assert_array_equal(held.samples, VALUES[:, None])
+    assert held.labels.tolist() == ["0", "2"]
+
+
+def test_npy_with_and_without_labels_and_csv_with_a_header(tmp_path):
+    np.save(tmp_path / "x.npy", VALUES.astype(np.float64))
+    assert series.load(tmp_path / "x.npy").labels is None
+    np.save(tmp_path / "x_labels.npy", np.array([3, 4]))
+    assert series.load(tmp_path / "x.npy").labels.tolist() == ["3", "4"]
+    (tmp_path / "x.csv").write_text("label,t0,t1,t2\nok,0.5,1.25,-3\nbroken,1e-3,2,4\n")
+    held = series.load(tmp_path / "x.csv")
+    np.testing.assert_array_equal(held.samples, VALUES[:, None])
+    assert held.labels.tolist() == ["ok", "broken"]
+
+
+def test_training_and_test_files_find_each_other(tmp_path):
+    for name in ("FordA_TRAIN.tsv", "FordA_TEST.tsv"):
+        (tmp_path / name).write_text("1\t2\t3\n")
+    found = (tmp_path / "FordA_TRAIN.tsv", tmp_path / "FordA_TEST.tsv")
+    assert series.find(str(tmp_path)) == series.find(str(found[0])) == found
+    lone = tmp_path / "other.csv"
+    lone.write_text("1,2\n")
+    assert series.find(str(lone)) == (lone, None)
+
+
+@pytest.mark.parametrize(("name", "text", "says"), [
+    ("a.tsv", "1\t2\tx\n1\t2\t3\n1\tz\t3\n", "line 2: could not convert string to float: 'z'"),
+    ("b.tsv", "1\t2\t3\n1\t2\n", "series of 1 to 2 samples"),
+    ("c.tsv", "", "holds no series"),
+    ("d.tsv", "1\t2\tNaN\n", "series 1 of 1 holds a missing or infinite value"),
+    ("e.ts", "1,2,3:1\n", "line 1: data before the @data line"),
+    ("f.npy", "rubbish", "f.npy cannot be read as .npy"),
+    ("g.pt", "rubbish", "g.pt cannot be read as .pt"),
+    ("h.txt", "1 2", "not a file of series"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_with_the_place(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError) as raised:
+        series.load(tmp_path / name)
+    assert says in str(raised.value) and name in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("owned",))
+
+    torch.save({"samples": Evil()}, tmp_path / "evil.pt", pickle_module=pickle)
+    with pytest.raises(UsageError, match=r"evil.pt cannot be read"):
+        series.load(tmp_path / "evil.pt")
+
+
+def test_normalisation():
+    x = np.random.default_rng(0).normal(3, 5, (4, 2, 50)).astype(np.float32)
+    each = series.normalise(x, "per_series", x)
+    np.testing.assert_allclose(each.mean(2), 0, atol=1e-6)
+    np.testing.assert_allclose(each.std(2), 1, atol=1e-6)
+    by_train = series.normalise(x[:1], "train", x)
+    np.testing.assert_allclose(
+        by_train, (x[:1] - x.mean((0, 2))[None, :, None]) / x.std((0, 2))[None, :, None], rtol=1e-4, atol=1e-5
+    )
+    assert series.normalise(x, "none", x) is x
+    assert np.isfinite(series.normalise(np.ones((1, 1, 5), np.float32), "per_series", x)).all()
