@@ -36,7 +36,7 @@ class Data:
     image_size: int = 224
     """Side in pixels."""
     channels: int = 3
-    """Image colour planes, or channels of a series."""
+    """Image colour planes, or channels of a series (0: as the data have)."""
     random_crop: bool = True
     """RandomResizedCrop for training; off: the whole image, resized."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
@@ -44,11 +44,13 @@ class Data:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     series_length: int = 500
-    """Samples of one series."""
+    """Samples of one series. 0: as the data have."""
     series_norm: Literal["per_series", "train", "none"] = "per_series"
     """z-normalise every series by itself, or by the training set's statistics, or not at all."""
     workers: int = 2
     """Decoding threads of one process."""
+    max_bad_share: float = 0.01
+    """Largest share of samples that may be unreadable; those are replaced and reported."""
     label_filter: str = ""
     """File with one class (wnid or label) a line: only these are kept."""
 
@@ -236,19 +238,19 @@ def _require(ok: bool, name: str, value: Any, mend: str) -> None:
 
 def _check_ranges(c: Config) -> None:
     for name, low, high in (
-        ("ema.decay", 0, 1), ("ema.final_decay", 0, 1), ("masks.ratio", 0, 1),
+        ("ema.decay", 0, 1), ("ema.final_decay", 0, 1), ("masks.ratio", 0, 1), ("data.max_bad_share", 0, 1),
     ):
         value = get(c, name)
         _require(low <= value <= high, name, value, f"give a number from {low} to {high}")
     _require(0 < c.masks.ratio < 1, "masks.ratio", c.masks.ratio, "some tokens must be hidden and some visible; give a number between 0 and 1")
     for name in (
-        "data.image_size", "data.channels", "data.series_length", "data.workers", "masks.num_targets", "masks.min_keep",
+        "data.image_size", "data.workers", "masks.num_targets", "masks.min_keep",
         "masks.group", "model.width", "model.depth", "model.heads", "model.patch", "model.num_patches",
         "model.predictor_width", "model.predictor_depth", "train.batch_size", "train.max_bad_steps", "monitor.every",
         "monitor.probe_train", "monitor.probe_test", "monitor.knn", "log.every",
     ):  # fmt: skip
         _require(get(c, name) >= 1, name, get(c, name), "give a whole number of at least 1")
-    for name in ("train.steps", "train.epochs", "train.seed", "optim.warmup_steps", "optim.warmup_epochs", "optim.lr", "optim.start_lr",
+    for name in ("data.channels", "data.series_length", "train.steps", "train.epochs", "train.seed", "optim.warmup_steps", "optim.warmup_epochs", "optim.lr", "optim.start_lr",
                  "optim.final_lr", "optim.weight_decay", "optim.final_weight_decay", "optim.clip", "checkpoint.every",
                  "checkpoint.keep", "masks.context_tokens", "parallel.threads", "model.predictor_heads"):  # fmt: skip
         _require(get(c, name) >= 0, name, get(c, name), "it cannot be negative")
@@ -271,13 +273,14 @@ def _check_geometry(c: Config) -> None:
     heads = m.predictor_heads or m.heads
     _require(m.predictor_width % heads == 0, "model.predictor_width", m.predictor_width, f"its {heads} heads (--model.predictor_heads) must divide it")
     if c.data.kind == "images":
+        _require(c.data.channels in (1, 3), "data.channels", c.data.channels, "give 1 (grey) or 3 (colour)")
         _require(c.data.image_size % m.patch == 0, "data.image_size", c.data.image_size, f"--model.patch {m.patch} must divide it")
         _require(len(c.data.mean) == len(c.data.std) == c.data.channels, "data.mean", c.data.mean, f"give --data.channels ({c.data.channels}) numbers, and as many for --data.std")
         _require(all(s > 0 for s in c.data.std), "data.std", c.data.std, "give numbers above 0")
         _require(c.masks.mode not in ("random", "bernoulli") or c.num_tokens >= 2, "masks.mode", c.masks.mode, "needs at least two tokens")
     else:
         _require(c.masks.mode in ("random", "bernoulli"), "masks.mode", c.masks.mode, "a series takes random or bernoulli")
-        _require(c.data.series_length >= m.num_patches, "data.series_length", c.data.series_length, f"shorter than --model.num_patches {m.num_patches}: give fewer patches")
+        _require(not c.data.series_length or c.data.series_length >= m.num_patches, "data.series_length", c.data.series_length, f"shorter than --model.num_patches {m.num_patches}: give fewer patches")
     if c.masks.mode == "random":
         hidden = int(c.masks.ratio * c.num_tokens)
         _require(0 < hidden < c.num_tokens, "masks.ratio", c.masks.ratio, f"hides {hidden} of {c.num_tokens} tokens; some must be hidden and some visible")

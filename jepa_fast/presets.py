@@ -6,7 +6,7 @@ first lines. Where a paper leaves a number open the docstring says that the choi
 
 from collections.abc import Callable
 
-from jepa_fast.config import EMA, Checkpoint, Config, Data, Log, Masks, Model, Monitor, Objective, Optim, Train
+from jepa_fast.config import EMA, Checkpoint, Config, Data, Log, Masks, Model, Monitor, Objective, Optim, Train, replace
 from jepa_fast.errors import UsageError, suggest
 
 # ---- sensor series ------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def digits() -> Config:
     """
     return Config(
         preset="digits",
-        data=Data(kind="images", embedded="digits", image_size=32, channels=1, random_crop=False, mean=(0.31,), std=(0.38,)),
+        data=Data(kind="images", embedded="digits", image_size=32, channels=1, random_crop=False, mean=(0.31,), std=(0.32,)),
         masks=Masks(mode="packed", min_keep=4, group=64),
         model=Model(width=128, depth=4, heads=4, patch=4, predictor_width=64, predictor_depth=2),
         ema=EMA(decay=0.996, final_decay=0.996, schedule="constant"),
@@ -153,10 +153,10 @@ def images() -> Config:
 def series() -> Config:
     """TS-JEPA on one's own series: a .tsv, .ts, .pt, .npy or .csv file.
 
-    Source: as `demo`, 10 patches. Command: python -m jepa_fast.train series --data.path FILE --data.series_length L
+    Source: as `forda`; length and channels are taken from the file. Command: python -m jepa_fast.train series --data.path FILE
     """
-    config = _ts_jepa("series", "a file of series: .tsv or .ts (UCR), .pt (dict of samples, labels), .npy, .csv", 500, 100)
-    return config
+    config = _ts_jepa("series", "a file of series: .tsv or .ts (UCR), .pt (dict of samples, labels), .npy, .csv", 0, 100)
+    return replace(config, {"data.channels": 0})
 
 
 def cifar10_vitb() -> Config:

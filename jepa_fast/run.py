@@ -5,13 +5,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from jepa_fast import checkpoint, optim, parallel, report, rundir
-from jepa_fast.config import Config
-from jepa_fast.data.dataset import Dataset, open_dataset
+from jepa_fast.config import Config, get, replace
+from jepa_fast.data.dataset import Dataset, fixed_draw, open_dataset
 from jepa_fast.data.loader import Loader
 from jepa_fast.data.masks import check_masks
 from jepa_fast.ema import TargetEMA
@@ -85,6 +84,7 @@ def set_up(config: Config, resume: str, world: World) -> Run:
     """Everything that can refuse does so before the run folder is touched. Raises UsageError."""
     check_masks(config.masks, config.grid)
     dataset = open_dataset(config)
+    config = _fitted(config, dataset)
     folder, start, state = _folder(config, resume, world)
     per_epoch = len(dataset.train) / config.train.batch_size
     steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
@@ -110,6 +110,18 @@ def set_up(config: Config, resume: str, world: World) -> Run:
         _restore(run, state)
     _introduce(run)
     return run
+
+
+def _fitted(config: Config, dataset: Dataset) -> Config:
+    """The configuration with length and channels of a series taken from the data, where it leaves them open."""
+    if config.data.kind != "series":
+        return config
+    for name, held in (("data.channels", dataset.shape[0]), ("data.series_length", dataset.shape[1])):
+        asked = get(config, name)
+        if asked not in (0, held):
+            raise UsageError(f"--{name} is {asked}, but {dataset.description.split(':')[0]} have {held}: give --{name} {held}")
+        config = replace(config, {name: held})
+    return config.check()
 
 
 def _folder(config: Config, resume: str, world: World) -> tuple[Path, int, dict | None]:
@@ -142,8 +154,7 @@ def _monitor(config: Config, dataset: Dataset, world: World) -> CollapseMonitor:
             probe_set = probes.collect(dataset.probe_train, dataset.probe_test, dataset.num_classes, m.probe_train, m.probe_test)
             inputs = probe_set.test
         else:
-            count = min(FULL_INPUTS, len(dataset.train))
-            inputs = torch.from_numpy(np.stack([dataset.train.load(i, None) for i in range(count)]))
+            inputs = torch.from_numpy(fixed_draw(dataset.train, FULL_INPUTS)[0])
     return CollapseMonitor(config, probe_set, inputs, world.device)
 
 

@@ -1,6 +1,7 @@
 """The packed model against an independent, dense, float64 implementation written from the equations."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -28,7 +29,7 @@ def _linear(x, layer):
 
 
 def _block(x, block, heads):
-    n, width = x.shape
+    _n, width = x.shape
     q, k, v = _linear(_norm(x, block.norm1), block.attn.qkv).split(width, dim=1)
     out = []
     for h in range(heads):
@@ -152,7 +153,7 @@ def test_ragged_attention_equals_one_sequence_at_a_time():
     q, k, v = torch.randn(3, sum(lengths), 2, 8).unbind(0)
     cu = torch.tensor([0, 1, 8, 11, 23], dtype=torch.int32)
     got = attend(q, k, v, Sequences.of(cu, 12, 23))
-    for a, b in zip(cu[:-1], cu[1:], strict=True):
+    for a, b in itertools.pairwise(cu):
         scores = torch.einsum("nhd,mhd->hnm", q[a:b], k[a:b]) / math.sqrt(8)
         torch.testing.assert_close(got[a:b], torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v[a:b]), rtol=1e-4, atol=1e-5)
 

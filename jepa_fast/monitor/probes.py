@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_fast.data.dataset import Source
+from jepa_fast.data.dataset import Source, fixed_draw
 
 # Shape legend: n training and m test samples of the probe, D width, c classes.
 
@@ -42,8 +42,7 @@ def collect(train: Source, test: Source, num_classes: int, num_train: int, num_t
 
 def _subset(source: Source, count: int) -> tuple[Tensor, Tensor]:
     assert source.labels is not None
-    chosen = np.random.default_rng(0).permutation(len(source))[:count]
-    inputs = np.stack([source.load(int(i), None) for i in chosen])
+    inputs, chosen = fixed_draw(source, count)
     return torch.from_numpy(inputs), torch.from_numpy(np.asarray(source.labels)[chosen].astype(np.int64))
 
 
