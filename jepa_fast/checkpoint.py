@@ -25,7 +25,11 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         torch.save(state, temporary / "state.pt")
-        meta = {"step": step, "bytes": (temporary / "state.pt").stat().st_size, "sha256": _digest(temporary / "state.pt")}
+        meta = {
+            "step": step,
+            "bytes": (temporary / "state.pt").stat().st_size,
+            "sha256": _digest(temporary / "state.pt"),
+        }
         (temporary / "meta.json").write_text(json.dumps(meta) + "\n")
         for file in temporary.iterdir():
             _sync(file)
@@ -35,7 +39,9 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         _sync(root)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UsageError(f"cannot write checkpoint {final}: {error.strerror or error}; earlier checkpoints are intact") from None
+        raise UsageError(
+            f"cannot write checkpoint {final}: {error.strerror or error}; earlier checkpoints are intact"
+        ) from None
     if keep:
         for old in found(folder)[:-keep]:
             shutil.rmtree(root / f"step-{old}", ignore_errors=True)

@@ -76,7 +76,9 @@ def _configuration(args: list[str], resume: str) -> Config:
         saved = rundir.saved_config(folder) if folder else None
         if saved is not None:  # the run's own configuration is the base; the command line goes over it
             if name and saved.preset != name:
-                raise UsageError(f"{folder} holds preset {saved.preset}, not {name}: leave the preset out, or give another --run.dir")
+                raise UsageError(
+                    f"{folder} holds preset {saved.preset}, not {name}: leave the preset out, or give another --run.dir"
+                )
             config = _override(replace(saved, {"run.dir": str(folder)}), args)
         elif resume == "must":
             raise UsageError(f"--resume: no run in {folder or 'runs/'}; leave out --resume to start one")
@@ -90,7 +92,10 @@ def default_config() -> Config:
     config = preset("in1k-vitb16")
     if os.environ.get("JEPA_FAST_DATA"):
         return replace(config, {"data.path": os.environ["JEPA_FAST_DATA"]})
-    return replace(config, {"data.embedded": "textures224", "train.steps": 1000, "optim.warmup_epochs": 0.0, "optim.warmup_steps": 100})
+    return replace(
+        config,
+        {"data.embedded": "textures224", "train.steps": 1000, "optim.warmup_epochs": 0.0, "optim.warmup_steps": 100},
+    )
 
 
 def _override(base: Config, args: list[str]) -> Config:
@@ -110,7 +115,9 @@ def _refuse_unknown(args: list[str], base: Config) -> None:
             field = arg[2:].split("=", 1)[0].replace("-", "_")
             if field not in known:
                 options = [*known, "list", "print-config", "resume", "help"]
-                raise UsageError(f"unknown option {arg.split('=')[0]}{suggest(field, options)}; --print-config lists all fields")
+                raise UsageError(
+                    f"unknown option {arg.split('=')[0]}{suggest(field, options)}; --print-config lists all fields"
+                )
         elif arg.startswith("-") and not re.match(r"-[\d.]", arg):
             raise UsageError(f"unknown option {arg}; options are --section.field VALUE, --print-config lists them")
 

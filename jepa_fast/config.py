@@ -238,11 +238,19 @@ def _require(ok: bool, name: str, value: Any, mend: str) -> None:
 
 def _check_ranges(c: Config) -> None:
     for name, low, high in (
-        ("ema.decay", 0, 1), ("ema.final_decay", 0, 1), ("masks.ratio", 0, 1), ("data.max_bad_share", 0, 1),
+        ("ema.decay", 0, 1),
+        ("ema.final_decay", 0, 1),
+        ("masks.ratio", 0, 1),
+        ("data.max_bad_share", 0, 1),
     ):
         value = get(c, name)
         _require(low <= value <= high, name, value, f"give a number from {low} to {high}")
-    _require(0 < c.masks.ratio < 1, "masks.ratio", c.masks.ratio, "some tokens must be hidden and some visible; give a number between 0 and 1")
+    _require(
+        0 < c.masks.ratio < 1,
+        "masks.ratio",
+        c.masks.ratio,
+        "some tokens must be hidden and some visible; give a number between 0 and 1",
+    )
     for name in (
         "data.image_size", "data.workers", "masks.num_targets", "masks.min_keep",
         "masks.group", "model.width", "model.depth", "model.heads", "model.patch", "model.num_patches",
@@ -254,36 +262,95 @@ def _check_ranges(c: Config) -> None:
                  "optim.final_lr", "optim.weight_decay", "optim.final_weight_decay", "optim.clip", "checkpoint.every",
                  "checkpoint.keep", "masks.context_tokens", "parallel.threads", "model.predictor_heads"):  # fmt: skip
         _require(get(c, name) >= 0, name, get(c, name), "it cannot be negative")
-    for name in ("model.init_std", "model.mlp_ratio", "model.norm_eps", "optim.eps", "ema.scale", "monitor.knn_temperature", "monitor.ridge"):
+    for name in (
+        "model.init_std",
+        "model.mlp_ratio",
+        "model.norm_eps",
+        "optim.eps",
+        "ema.scale",
+        "monitor.knn_temperature",
+        "monitor.ridge",
+    ):
         _require(get(c, name) > 0, name, get(c, name), "give a number above 0")
-    for name, top in (("masks.target_scale", 1), ("masks.context_scale", 1), ("data.crop_scale", 1), ("masks.target_aspect", math.inf)):
+    for name, top in (
+        ("masks.target_scale", 1),
+        ("masks.context_scale", 1),
+        ("data.crop_scale", 1),
+        ("masks.target_aspect", math.inf),
+    ):
         low, high = get(c, name)
-        _require(0 < low <= high <= top, name, (low, high), f"give two numbers, 0 < low <= high{' <= 1' if top == 1 else ''}")
+        _require(
+            0 < low <= high <= top, name, (low, high), f"give two numbers, 0 < low <= high{' <= 1' if top == 1 else ''}"
+        )
     _require(all(0 <= b < 1 for b in c.optim.betas), "optim.betas", c.optim.betas, "give two numbers from 0 to below 1")
-    _require(c.train.steps > 0 or c.train.epochs > 0, "train.steps", c.train.steps, "give --train.steps or --train.epochs above 0")
-    finite = [(name, value) for name, value in flatten(c).items() if isinstance(value, float) and not math.isfinite(value)]
-    _require(not finite, *(finite or [("", "")])[0], "give a finite number")
+    _require(
+        c.train.steps > 0 or c.train.epochs > 0,
+        "train.steps",
+        c.train.steps,
+        "give --train.steps or --train.epochs above 0",
+    )
+    infinite: list[tuple[str, Any]] = [
+        (name, value) for name, value in flatten(c).items() if isinstance(value, float) and not math.isfinite(value)
+    ]
+    _require(not infinite, *(infinite or [("", "")])[0], "give a finite number")
 
 
 def _check_geometry(c: Config) -> None:
     m = c.model
     _require(m.width % m.heads == 0, "model.width", m.width, f"--model.heads {m.heads} must divide it")
     _require(m.width % 4 == 0, "model.width", m.width, "the sin-cos positions need a multiple of 4")
-    _require(m.predictor_width % 4 == 0, "model.predictor_width", m.predictor_width, "the sin-cos positions need a multiple of 4")
+    _require(
+        m.predictor_width % 4 == 0,
+        "model.predictor_width",
+        m.predictor_width,
+        "the sin-cos positions need a multiple of 4",
+    )
     heads = m.predictor_heads or m.heads
-    _require(m.predictor_width % heads == 0, "model.predictor_width", m.predictor_width, f"its {heads} heads (--model.predictor_heads) must divide it")
+    _require(
+        m.predictor_width % heads == 0,
+        "model.predictor_width",
+        m.predictor_width,
+        f"its {heads} heads (--model.predictor_heads) must divide it",
+    )
     if c.data.kind == "images":
         _require(c.data.channels in (1, 3), "data.channels", c.data.channels, "give 1 (grey) or 3 (colour)")
-        _require(c.data.image_size % m.patch == 0, "data.image_size", c.data.image_size, f"--model.patch {m.patch} must divide it")
-        _require(len(c.data.mean) == len(c.data.std) == c.data.channels, "data.mean", c.data.mean, f"give --data.channels ({c.data.channels}) numbers, and as many for --data.std")
+        _require(
+            c.data.image_size % m.patch == 0,
+            "data.image_size",
+            c.data.image_size,
+            f"--model.patch {m.patch} must divide it",
+        )
+        _require(
+            len(c.data.mean) == len(c.data.std) == c.data.channels,
+            "data.mean",
+            c.data.mean,
+            f"give --data.channels ({c.data.channels}) numbers, and as many for --data.std",
+        )
         _require(all(s > 0 for s in c.data.std), "data.std", c.data.std, "give numbers above 0")
-        _require(c.masks.mode not in ("random", "bernoulli") or c.num_tokens >= 2, "masks.mode", c.masks.mode, "needs at least two tokens")
+        _require(
+            c.masks.mode not in ("random", "bernoulli") or c.num_tokens >= 2,
+            "masks.mode",
+            c.masks.mode,
+            "needs at least two tokens",
+        )
     else:
-        _require(c.masks.mode in ("random", "bernoulli"), "masks.mode", c.masks.mode, "a series takes random or bernoulli")
-        _require(not c.data.series_length or c.data.series_length >= m.num_patches, "data.series_length", c.data.series_length, f"shorter than --model.num_patches {m.num_patches}: give fewer patches")
+        _require(
+            c.masks.mode in ("random", "bernoulli"), "masks.mode", c.masks.mode, "a series takes random or bernoulli"
+        )
+        _require(
+            not c.data.series_length or c.data.series_length >= m.num_patches,
+            "data.series_length",
+            c.data.series_length,
+            f"shorter than --model.num_patches {m.num_patches}: give fewer patches",
+        )
     if c.masks.mode == "random":
         hidden = int(c.masks.ratio * c.num_tokens)
-        _require(0 < hidden < c.num_tokens, "masks.ratio", c.masks.ratio, f"hides {hidden} of {c.num_tokens} tokens; some must be hidden and some visible")
+        _require(
+            0 < hidden < c.num_tokens,
+            "masks.ratio",
+            c.masks.ratio,
+            f"hides {hidden} of {c.num_tokens} tokens; some must be hidden and some visible",
+        )
 
 
 # ---- dotted names, JSON -------------------------------------------------------------------------

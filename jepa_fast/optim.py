@@ -12,12 +12,15 @@ from jepa_fast.config import Optim
 
 def build(module: nn.Module, config: Optim) -> torch.optim.AdamW:
     """AdamW on what requires gradients. Biases and 1-D parameters are not decayed, unless `decay_vectors`."""
-    decayed, plain = [], []
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             (decayed if parameter.ndim > 1 or config.decay_vectors else plain).append(parameter)
     groups = [{"params": decayed, "decays": True}, {"params": plain, "decays": False}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

@@ -38,7 +38,9 @@ def join(config: Config) -> World:
     rank = int(os.environ.get("RANK", 0))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if config.train.batch_size % size:
-        raise UsageError(f"--train.batch_size {config.train.batch_size} is the global batch: {size} processes do not divide it")
+        raise UsageError(
+            f"--train.batch_size {config.train.batch_size} is the global batch: {size} processes do not divide it"
+        )
     if config.parallel.mode == "single" and size > 1:
         raise UsageError(f"--parallel.mode single, but {size} processes were started; use auto or ddp")
     cuda = torch.cuda.is_available()

@@ -65,7 +65,12 @@ def forda() -> Config:
     decay .998 -> 1. The number of epochs is ours.
     Command: python -m jepa_fast.train forda --data.path FordA/FordA_TRAIN.tsv
     """
-    return _ts_jepa("forda", "FordA_TRAIN.tsv and FordA_TEST.tsv of the UCR archive side by side, and the first one's path", 500, 100)
+    return _ts_jepa(
+        "forda",
+        "FordA_TRAIN.tsv and FordA_TEST.tsv of the UCR archive side by side, and the first one's path",
+        500,
+        100,
+    )
 
 
 def fordb() -> Config:
@@ -73,7 +78,12 @@ def fordb() -> Config:
 
     Source: as `forda`. Command: python -m jepa_fast.train fordb --data.path FordB/FordB_TRAIN.tsv
     """
-    return _ts_jepa("fordb", "FordB_TRAIN.tsv and FordB_TEST.tsv of the UCR archive side by side, and the first one's path", 500, 100)
+    return _ts_jepa(
+        "fordb",
+        "FordB_TRAIN.tsv and FordB_TEST.tsv of the UCR archive side by side, and the first one's path",
+        500,
+        100,
+    )
 
 
 _FAULT_HINT = "{0}_TRAIN.tsv and {0}_TEST.tsv (UCR), or train.pt and test.pt (dict of samples and labels), side by side, and the first one's path"
@@ -108,7 +118,9 @@ def textures() -> Config:
     """
     return Config(
         preset="textures",
-        data=Data(kind="images", embedded="textures", image_size=48, channels=1, random_crop=False, mean=(0.5,), std=(0.18,)),
+        data=Data(
+            kind="images", embedded="textures", image_size=48, channels=1, random_crop=False, mean=(0.5,), std=(0.18,)
+        ),
         masks=Masks(mode="packed", min_keep=4, group=64),
         model=Model(width=128, depth=3, heads=4, patch=8, predictor_width=64, predictor_depth=2),
         ema=EMA(decay=0.999, final_decay=0.999, schedule="constant"),
@@ -128,7 +140,9 @@ def digits() -> Config:
     """
     return Config(
         preset="digits",
-        data=Data(kind="images", embedded="digits", image_size=32, channels=1, random_crop=False, mean=(0.31,), std=(0.32,)),
+        data=Data(
+            kind="images", embedded="digits", image_size=32, channels=1, random_crop=False, mean=(0.31,), std=(0.32,)
+        ),
         masks=Masks(mode="packed", min_keep=4, group=64),
         model=Model(width=128, depth=4, heads=4, patch=4, predictor_width=64, predictor_depth=2),
         ema=EMA(decay=0.996, final_decay=0.996, schedule="constant"),
@@ -147,7 +161,18 @@ def images() -> Config:
     Command: python -m jepa_fast.train images --data.path FOLDER
     """
     hint = "a folder of images (with or without a subfolder for each class), shards or an ImageNet layout"
-    return _i_jepa("images", hint, width=384, depth=12, heads=6, patch=16, predictor_depth=6, batch_size=256, epochs=100, warmup_epochs=10)
+    return _i_jepa(
+        "images",
+        hint,
+        width=384,
+        depth=12,
+        heads=6,
+        patch=16,
+        predictor_depth=6,
+        batch_size=256,
+        epochs=100,
+        warmup_epochs=10,
+    )
 
 
 def series() -> Config:
@@ -155,7 +180,9 @@ def series() -> Config:
 
     Source: as `forda`; length and channels are taken from the file. Command: python -m jepa_fast.train series --data.path FILE
     """
-    config = _ts_jepa("series", "a file of series: .tsv or .ts (UCR), .pt (dict of samples, labels), .npy, .csv", 0, 100)
+    config = _ts_jepa(
+        "series", "a file of series: .tsv or .ts (UCR), .pt (dict of samples, labels), .npy, .csv", 0, 100
+    )
     return replace(config, {"data.channels": 0})
 
 
@@ -185,10 +212,19 @@ def _i_jepa(
         preset=name,
         data=Data(kind="images", image_size=image_size, hint=hint, workers=8),
         masks=Masks(mode="packed", min_keep=min_keep),
-        model=Model(width=width, depth=depth, heads=heads, patch=patch, predictor_width=384, predictor_depth=predictor_depth),
+        model=Model(
+            width=width, depth=depth, heads=heads, patch=patch, predictor_width=384, predictor_depth=predictor_depth
+        ),
         objective=Objective(loss="smooth_l1"),
         ema=EMA(decay=0.996, final_decay=1.0, schedule="linear"),
-        optim=Optim(lr=1e-3, start_lr=start_lr, final_lr=1e-6, warmup_epochs=warmup_epochs, weight_decay=0.04, final_weight_decay=0.4),
+        optim=Optim(
+            lr=1e-3,
+            start_lr=start_lr,
+            final_lr=1e-6,
+            warmup_epochs=warmup_epochs,
+            weight_decay=0.04,
+            final_weight_decay=0.4,
+        ),
         train=Train(steps=0, epochs=epochs, batch_size=batch_size, precision="bf16"),
         monitor=Monitor(every=500, probe_train=4000, probe_test=2000),
         checkpoint=Checkpoint(every=1000, keep=3),
@@ -202,7 +238,9 @@ def in100_vitb16() -> Config:
     Source: the paper, appendix C.2: batch 512, lr 1e-4 -> 1e-3 over 15 epochs. Epochs: 300.
     Command: python -m jepa_fast.train in100-vitb16 --data.path SHARDS [--data.label_filter in100.txt]
     """
-    hint = "ImageNet-100 as shards or a folder with train/ and val/ (or ImageNet-1K shards with --data.label_filter LIST)"
+    hint = (
+        "ImageNet-100 as shards or a folder with train/ and val/ (or ImageNet-1K shards with --data.label_filter LIST)"
+    )
     return _i_jepa("in100-vitb16", hint, width=768, depth=12, heads=12, patch=16, predictor_depth=6, batch_size=512,
                    warmup_epochs=15, start_lr=1e-4)  # fmt: skip
 

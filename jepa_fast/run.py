@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from jepa_fast import checkpoint, optim, parallel, report, rundir
 from jepa_fast.config import Config, get, replace
-from jepa_fast.data.dataset import Dataset, fixed_draw, open_dataset
+from jepa_fast.data.dataset import Dataset, open_dataset
 from jepa_fast.data.loader import Loader
 from jepa_fast.data.masks import check_masks
+from jepa_fast.data.sources import fixed_draw
 from jepa_fast.ema import TargetEMA
 from jepa_fast.errors import UsageError
 from jepa_fast.log import Progress, RunLog
@@ -47,7 +48,12 @@ class Interval:
         return {"loss": self.loss / self.num_finite, "bad": self.num_bad, "bad_in_a_row": self.bad_in_a_row}
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"loss": self.loss, "num_finite": self.num_finite, "num_bad": self.num_bad, "bad_in_a_row": self.bad_in_a_row}
+        return {
+            "loss": self.loss,
+            "num_finite": self.num_finite,
+            "num_bad": self.num_bad,
+            "bad_in_a_row": self.bad_in_a_row,
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, value in state.items():
@@ -119,7 +125,9 @@ def _fitted(config: Config, dataset: Dataset) -> Config:
     for name, held in (("data.channels", dataset.shape[0]), ("data.series_length", dataset.shape[1])):
         asked = get(config, name)
         if asked not in (0, held):
-            raise UsageError(f"--{name} is {asked}, but {dataset.description.split(':')[0]} have {held}: give --{name} {held}")
+            raise UsageError(
+                f"--{name} is {asked}, but {dataset.description.split(':')[0]} have {held}: give --{name} {held}"
+            )
         config = replace(config, {name: held})
     return config.check()
 
@@ -138,10 +146,14 @@ def _load_weights(jepa: JEPA, weights: dict[str, Tensor], where: str) -> None:
     own = jepa.state_dict()
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unknown:
-        raise UsageError(f"{where} is another architecture: it has {'no ' + missing[0] if missing else unknown[0]}; use the preset it was trained with")
+        raise UsageError(
+            f"{where} is another architecture: it has {'no ' + missing[0] if missing else unknown[0]}; use the preset it was trained with"
+        )
     for name, value in weights.items():
         if own[name].shape != value.shape:
-            raise UsageError(f"{where} is another architecture: {name} is {list(value.shape)} there and {list(own[name].shape)} here")
+            raise UsageError(
+                f"{where} is another architecture: {name} is {list(value.shape)} there and {list(own[name].shape)} here"
+            )
     jepa.load_state_dict(weights)
 
 
@@ -151,7 +163,9 @@ def _monitor(config: Config, dataset: Dataset, world: World) -> CollapseMonitor:
     if world.is_main:
         if dataset.probe_train is not None and dataset.probe_test is not None:
             m = config.monitor
-            probe_set = probes.collect(dataset.probe_train, dataset.probe_test, dataset.num_classes, m.probe_train, m.probe_test)
+            probe_set = probes.collect(
+                dataset.probe_train, dataset.probe_test, dataset.num_classes, m.probe_train, m.probe_test
+            )
             inputs = probe_set.test
         else:
             inputs = torch.from_numpy(fixed_draw(dataset.train, FULL_INPUTS)[0])
@@ -160,7 +174,9 @@ def _monitor(config: Config, dataset: Dataset, world: World) -> CollapseMonitor:
 
 def _restore(run: Run, state: dict) -> None:
     if state["data"] != run.dataset.fingerprint:
-        raise UsageError(f"the data changed since {run.folder} was started (fingerprint {state['data'][:12]} then, {run.dataset.fingerprint[:12]} now); put the old data back, or start a new --run.dir")
+        raise UsageError(
+            f"the data changed since {run.folder} was started (fingerprint {state['data'][:12]} then, {run.dataset.fingerprint[:12]} now); put the old data back, or start a new --run.dir"
+        )
     _load_weights(run.jepa, state["model"], f"the checkpoint in {run.folder}")
     run.optimizer.load_state_dict(state["optimizer"])
     run.monitor.load_state_dict(state["monitor"])
@@ -178,20 +194,30 @@ def _introduce(run: Run) -> None:
     predictor = sum(p.numel() for p in run.jepa.predictor.parameters())
     backend, reason = choose_backend(run.world.device, config.train.precision == "bf16")
     print(f"{config.preset}: {run.dataset.description}")
-    print(f"encoder {encoder / 1e6:.2f} M and predictor {predictor / 1e6:.2f} M parameters, {config.num_tokens} tokens, masks {config.masks.mode}")
-    print(f"{run.world.size} process(es) on {run.world.device.type}, {torch.get_num_threads()} CPU threads each, {config.train.precision}; ragged attention: {backend} ({reason})")
+    print(
+        f"encoder {encoder / 1e6:.2f} M and predictor {predictor / 1e6:.2f} M parameters, {config.num_tokens} tokens, masks {config.masks.mode}"
+    )
+    print(
+        f"{run.world.size} process(es) on {run.world.device.type}, {torch.get_num_threads()} CPU threads each, {config.train.precision}; ragged attention: {backend} ({reason})"
+    )
     begun = f"continuing at step {run.start}" if run.start else f"{run.steps} steps of {config.train.batch_size}"
     print(f"run folder {run.folder}: {begun}", flush=True)
 
 
-def write_record(run: Run, step: int, interval: Interval, signals: dict[str, Tensor], examined: dict[str, float]) -> None:
+def write_record(
+    run: Run, step: int, interval: Interval, signals: dict[str, Tensor], examined: dict[str, float]
+) -> None:
     """One line of metrics.jsonl, the progress line and new events. Raises UsageError after too many bad steps in a row."""
     values = parallel.average(interval.scalars() | signals, run.world)
     bad, bad_in_a_row = round(values.pop("bad")), round(values.pop("bad_in_a_row"))
     drift = run.ema.drift()
     seconds = max(1e-9, time.monotonic() - interval.began)
     rate = interval.num_inputs * run.world.size / max(1e-9, seconds - run.monitor.seconds)
-    times = {"time/step": seconds / interval.num_steps, "time/data_wait": interval.wait / interval.num_steps, "time/examine": run.monitor.seconds}
+    times = {
+        "time/step": seconds / interval.num_steps,
+        "time/data_wait": interval.wait / interval.num_steps,
+        "time/examine": run.monitor.seconds,
+    }
     run.monitor.seconds = 0.0
     if run.log:
         run.log.record({"step": step, **values, **drift, **examined, **times, "images_per_s": rate})
@@ -217,7 +243,13 @@ def _announce(run: Run) -> None:
     told = {(e["kind"], e.get("called_at")) for e in run.log.events}
     for event in phase.detect(run.log.records):
         if (event.kind, event.called_at) not in told:
-            run.log.event(event.kind, event.step, called_at=event.called_at, confidence=event.confidence, evidence=list(event.evidence))
+            run.log.event(
+                event.kind,
+                event.step,
+                called_at=event.called_at,
+                confidence=event.confidence,
+                evidence=list(event.evidence),
+            )
 
 
 def save(run: Run, step: int) -> None:

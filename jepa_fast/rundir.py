@@ -54,7 +54,9 @@ def open_for(config: Config, folder: Path, resume: str) -> tuple[int, dict[str, 
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(to_json(replace(config, {"run.dir": str(folder)})))
     except OSError as error:
-        raise UsageError(f"cannot write to --run.dir {folder}: {error.strerror}; choose a folder that can be written") from None
+        raise UsageError(
+            f"cannot write to --run.dir {folder}: {error.strerror}; choose a folder that can be written"
+        ) from None
     return newest_state or (0, None)
 
 

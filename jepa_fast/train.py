@@ -51,7 +51,9 @@ def train(run: Run) -> None:
 def main(argv: list[str] | None = None) -> int:
     command = cli.parse(sys.argv[1:] if argv is None else argv)
     if command.action != "train":
-        print({"help": cli.USAGE, "list": cli.listing(), "print-config": to_json(command.config).rstrip()}[command.action])
+        print(
+            {"help": cli.USAGE, "list": cli.listing(), "print-config": to_json(command.config).rstrip()}[command.action]
+        )
         return 0
     world = parallel.join(command.config)
     try:

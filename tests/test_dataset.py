@@ -8,8 +8,9 @@ from PIL import Image
 
 from jepa_fast.config import replace
 from jepa_fast.data import embedded
-from jepa_fast.data.dataset import fixed_draw, open_dataset
+from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.shards import BadSample, write_shards
+from jepa_fast.data.sources import fixed_draw
 from jepa_fast.errors import UsageError
 from jepa_fast.presets import PRESETS, preset
 
@@ -171,12 +172,12 @@ def test_a_preset_without_its_data_says_in_one_line_what_to_put_where(name, tmp_
 
 def test_data_of_the_other_kind_are_pointed_to_the_right_preset(tmp_path):
     write_images(tmp_path / "pictures", 2)
-    with pytest.raises(UsageError, match="jepa_fast.train images --data.path"):
+    with pytest.raises(UsageError, match=r"jepa_fast.train images --data.path"):
         open_dataset(replace(preset("series"), {"data.path": str(tmp_path / "pictures")}))
     (tmp_path / "x.tsv").write_text("1\t2\n")
-    with pytest.raises(UsageError, match="jepa_fast.train series --data.path"):
+    with pytest.raises(UsageError, match=r"jepa_fast.train series --data.path"):
         open_dataset(small_images(tmp_path / "x.tsv"))
-    with pytest.raises(UsageError, match="jepa_fast.train series --data.path"):
+    with pytest.raises(UsageError, match=r"jepa_fast.train series --data.path"):
         open_dataset(small_images(embedded.shards_of("sensor")[0]))
     with pytest.raises(UsageError, match="files on this machine"):
         open_dataset(small_images("s3://bucket/x.tar"))

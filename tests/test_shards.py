@@ -132,7 +132,7 @@ def test_missing_and_empty_shards_are_refused_by_name(folder, tmp_path):
         Shards([zero])
     with tarfile.open(tmp_path / "none.tar", "w"):
         pass
-    with pytest.raises(UsageError, match="none.tar holds no sample"):
+    with pytest.raises(UsageError, match=r"none.tar holds no sample"):
         Shards([tmp_path / "none.tar"])
     rubbish = tmp_path / "rubbish.tar"
     rubbish.write_bytes(b"not a tar file" * 100)

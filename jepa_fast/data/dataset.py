@@ -1,44 +1,25 @@
 """What a run trains on and what probes are fitted on, whatever files they lie in.
 
-In: the `data` section of a configuration. Out: a Dataset of Sources; a Source gives sample i as an array.
+In: the `data` section of a configuration. Out: a Dataset of Sources.
 """
 
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from jepa_fast.config import Config, Data
-from jepa_fast.data import cifar, embedded, images, series, shards
+from jepa_fast.data import cifar, embedded, series, shards
 from jepa_fast.data.shards import BadSample, Shards
+from jepa_fast.data.sources import ImageSource, SeriesSource, Source, Subset
 from jepa_fast.errors import UsageError
 
 HELD_OUT = 5000  # at most, of a set without a test split
-
-
-class Source(Protocol):
-    """Samples by number."""
-
-    labels: np.ndarray | None  # int64 [n], 0 to num_classes - 1
-
-    def __len__(self) -> int: ...
-
-    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
-        """Sample `index`: uint8 [C, H, W] or float32 [C, L]; augmented with `rng`, as for evaluation without.
-
-        Raises BadSample.
-        """
-        ...
-
-    def key(self, index: int) -> str:
-        """Where the sample lies, for people."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -115,67 +96,7 @@ def _shape(source: Source) -> tuple[int, ...]:
     raise UsageError(f"none of the first samples can be read; {source.key(0)}: {trouble}")
 
 
-def fixed_draw(source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs [n, ...], their numbers int64 [n]): `count` samples, or all there are; the same in every run.
-
-    Not augmented; unreadable ones are left out.
-    """
-    inputs, numbers = [], []
-    for index in np.random.default_rng(0).permutation(len(source)):
-        if len(inputs) == count:
-            break
-        try:
-            inputs.append(source.load(int(index), None))
-            numbers.append(index)
-        except BadSample:
-            continue
-    if not inputs:
-        raise UsageError(f"not one of the {len(source)} samples can be read, {source.key(0)} among them; mend the data")
-    return np.stack(inputs), np.array(numbers)
-
-
-class Subset:
-    """Some samples of another source."""
-
-    def __init__(self, source: Source, indices: np.ndarray):
-        self.source, self.indices = source, indices
-        self.labels = None if source.labels is None else source.labels[indices]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
-        return self.source.load(int(self.indices[index]), rng)
-
-    def key(self, index: int) -> str:
-        return self.source.key(int(self.indices[index]))
-
-
 # ---- images -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """Pixels or encoded images, brought to the training size: uint8 [C, size, size]."""
-
-    read: Callable[[int], bytes | np.ndarray]
-    key: Callable[[int], str]
-    count: int
-    labels: np.ndarray | None
-    data: Data
-
-    def __len__(self) -> int:
-        return self.count
-
-    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
-        raw, size = self.read(index), self.data.image_size
-        pixels = raw if isinstance(raw, np.ndarray) else images.decode(raw, self.data.channels)
-        if not self.data.random_crop:
-            return images.planar(images.whole(pixels, size))
-        if rng is None:
-            shorter = round(size * 256 / 224) if min(pixels.shape[:2]) > size else size
-            return images.planar(images.center_crop(pixels, size, shorter))
-        return images.planar(images.random_resized_crop(pixels, size, self.data.crop_scale, rng))
 
 
 def _open_images(path: str, data: Data) -> _Parts:
@@ -249,6 +170,7 @@ def _filtered(sources: list[Source], held: list[Shards], label_filter: str) -> l
     if len(numbers) == len(kept):
         present = np.unique(np.concatenate(numbers))
         for subset in kept:
+            assert subset.labels is not None
             subset.labels = np.searchsorted(present, subset.labels)
     return list(kept)
 
@@ -259,7 +181,7 @@ def _open_cifar(folder: Path, data: Data) -> _Parts:
         digest.update(pixels.tobytes() + labels.tobytes())
         if data.channels == 1:
             pixels = np.rint(pixels @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
-        sources.append(ImageSource(pixels.__getitem__, lambda i, s=split: f"{s}:{i}", len(pixels), labels, data))
+        sources.append(ImageSource(pixels.__getitem__, partial("{}:{}".format, split), len(pixels), labels, data))
     return _Parts(sources[0], sources[1], digest.hexdigest())
 
 
@@ -322,22 +244,6 @@ def _read_file(files: Sequence[Path], index: int) -> bytes:
 # ---- series -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SeriesSource:
-    """Series, z-normalised: float32 [C, L]."""
-
-    read: Callable[[int], np.ndarray]
-    key: Callable[[int], str]
-    count: int
-    labels: np.ndarray | None
-
-    def __len__(self) -> int:
-        return self.count
-
-    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
-        return self.read(index)
-
-
 def _open_series(path: str, data: Data) -> _Parts:
     if shards.is_shards(path):
         return _open_shards(path, data)
@@ -355,15 +261,19 @@ def _open_series(path: str, data: Data) -> _Parts:
         raise UsageError(
             f"{train_file} and {test_file} hold series of different shapes {sorted(shapes)}; make them equal"
         )
-    labelled = all(held.labels is not None for held in files.values())
-    classes = np.unique(np.concatenate([held.labels for held in files.values()])) if labelled else None
+    named = [held.labels for held in files.values() if held.labels is not None]
+    classes = np.unique(np.concatenate(named)) if len(named) == len(files) else None
     reference = files[train_file].samples
     digest, sources = hashlib.sha256(), []
     for file, held in files.items():
         samples = np.ascontiguousarray(series.normalise(held.samples, data.series_norm, reference), dtype=np.float32)
-        labels = np.searchsorted(classes, held.labels).astype(np.int64) if classes is not None else None
+        labels = (
+            None if classes is None or held.labels is None else np.searchsorted(classes, held.labels).astype(np.int64)
+        )
         digest.update(samples.tobytes() + (b"" if labels is None else labels.tobytes()))
-        sources.append(SeriesSource(samples.__getitem__, lambda i, f=file: f"{f.name}:{i + 1}", len(samples), labels))
+        sources.append(
+            SeriesSource(samples.__getitem__, partial("{}: series {} from 0".format, file.name), len(samples), labels)
+        )
     return _Parts(sources[0], sources[1] if len(sources) > 1 else None, digest.hexdigest())
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from jepa_fast.config import Config
 from jepa_fast.data import packing
-from jepa_fast.data.dataset import Source
 from jepa_fast.data.masks import sample_masks
 from jepa_fast.data.order import Order, philox
 from jepa_fast.data.packing import MaskPlan
 from jepa_fast.data.shards import BadSample
+from jepa_fast.data.sources import Source
 from jepa_fast.errors import UsageError
 
 AHEAD = 3  # batches made before they are asked for

@@ -42,4 +42,4 @@ class Order:
 
 def philox(seed: int, epoch: int, sample: int = -1) -> np.random.Philox:
     """The random stream of an epoch's order, or of one sample's augmentation."""
-    return np.random.Philox(key=[np.uint64(seed), np.uint64(epoch)], counter=[0, 0, 0, np.uint64(sample + 1)])
+    return np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, 0, sample + 1], np.uint64))

@@ -8,7 +8,8 @@ Shape legend: B images, N tokens of a full image, Tc context tokens of the batch
 S sequences (one per image in the encoder, one per image and target block in the predictor).
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -33,12 +34,15 @@ class MaskPlan:
 
     def to(self, device: torch.device) -> "MaskPlan":
         """The same plan with its tensors on `device`; asynchronous from pinned memory."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return MaskPlan(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        return self._map(lambda t: t.to(device, non_blocking=True))
 
     def pin(self) -> "MaskPlan":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return MaskPlan(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in moved.items()})
+        """The same plan in page-locked memory."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "MaskPlan":
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
 
 def plan(masks: MaskBatch, num_tokens: int) -> MaskPlan:

@@ -14,7 +14,7 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -36,7 +36,7 @@ class BadSample(Exception):
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def write_shards(folder: Path, splits: dict[str, Iterable[dict]], name: str, samples_per_shard: int = 1000) -> Path:
+def write_shards(folder: Path, splits: Mapping[str, Iterable[dict]], name: str, samples_per_shard: int = 1000) -> Path:
     """Write {split: samples} as `folder`/<name>-<split>-0000.tar ... with `_info.json`; all of it or nothing.
 
     A sample is WebDataset's dict: `__key__` and payloads by extension ('png', 'npy', 'cls', ...; bytes, arrays and
@@ -62,7 +62,8 @@ def write_shards(folder: Path, splits: dict[str, Iterable[dict]], name: str, sam
 
 def _write_split(folder: Path, stem: str, samples: Iterable[dict], per_shard: int) -> dict:
     rest = iter(samples)
-    filenames, lengths = [], []
+    filenames: list[str] = []
+    lengths: list[int] = []
     while chunk := list(islice(rest, per_shard)):
         filenames.append(f"{stem}-{len(filenames):04}.tar")
         lengths.append(len(chunk))

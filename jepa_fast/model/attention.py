@@ -8,6 +8,7 @@ half precision, and elsewhere to SDPA on a padded batch with a key mask (measure
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,10 @@ class Sequences:
             return Sequences(cu_seqlens, max_len, None)
         starts = cu_seqlens[:-1].long()
         sequence = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=total)
-        slots = torch.arange(total, device=cu_seqlens.device) + (torch.arange(count, device=starts.device) * max_len - starts)[sequence]
+        slots = (
+            torch.arange(total, device=cu_seqlens.device)
+            + (torch.arange(count, device=starts.device) * max_len - starts)[sequence]
+        )
         return Sequences(cu_seqlens, max_len, slots)
 
     @staticmethod
@@ -72,20 +76,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
 
 def _sdpa_uniform(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
     count, length = sequences.count, sequences.max_len
-    batched = (x.reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # [S, H, n, d]
-    return F.scaled_dot_product_attention(*batched).transpose(1, 2).reshape(q.shape)
+    bq, bk, bv = (x.reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # [S, H, n, d]
+    return F.scaled_dot_product_attention(bq, bk, bv).transpose(1, 2).reshape(q.shape)
 
 
 def _sdpa_padded(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
     count, length, slots = sequences.count, sequences.max_len, sequences.slots
     assert slots is not None
-    padded = []
-    for x in (q, k, v):
-        empty = x.new_zeros(count * length, *x.shape[1:])
-        padded.append(empty.index_copy(0, slots, x).view(count, length, *x.shape[1:]).transpose(1, 2))
+    pq, pk, pv = (_pad(x, slots, count, length) for x in (q, k, v))  # [S, H, n, d]
     real = torch.zeros(count * length, dtype=torch.bool, device=q.device).index_fill_(0, slots, True)
-    out = F.scaled_dot_product_attention(*padded, attn_mask=real.view(count, 1, 1, length))
+    out = F.scaled_dot_product_attention(pq, pk, pv, attn_mask=real.view(count, 1, 1, length))
     return out.transpose(1, 2).reshape(count * length, *q.shape[1:])[slots]
+
+
+def _pad(x: Tensor, slots: Tensor, count: int, length: int) -> Tensor:
+    empty = x.new_zeros(count * length, *x.shape[1:])
+    return empty.index_copy(0, slots, x).view(count, length, *x.shape[1:]).transpose(1, 2)
 
 
 @cache
@@ -98,7 +104,7 @@ def _flash_attn_varlen() -> Callable[..., Tensor] | None:
 
 
 @cache
-def _torch_varlen() -> Callable[..., Tensor] | None:
+def _torch_varlen() -> Callable[..., Any] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -15,7 +15,7 @@ from jepa_fast.config import Config, Model
 from jepa_fast.data.packing import MaskPlan
 from jepa_fast.model.predictor import Predictor
 from jepa_fast.model.tokens import Tokenizer
-from jepa_fast.model.vit import Encoder
+from jepa_fast.model.vit import Block, Encoder
 
 # Shape legend: B images, N tokens of one, Tc context and Tt target tokens of the batch, D width.
 
@@ -101,5 +101,6 @@ def initialise(module: nn.Module, model: Model) -> None:
             nn.init.trunc_normal_(part.mask_token, std=model.init_std)
     if model.depth_scaled_init and isinstance(module, (Encoder, Predictor)):
         for layer, block in enumerate(module.blocks, start=1):
+            assert isinstance(block, Block)
             block.attn.proj.weight.div_(math.sqrt(2 * layer))
             block.mlp.fc2.weight.div_(math.sqrt(2 * layer))

@@ -11,7 +11,9 @@ def patchify_images(images: Tensor, patch: int) -> Tensor:
     """[B, C, H, W] -> [B, N, C * patch * patch]; tokens in raster order, (channel, row, column) inside a patch."""
     b, c, h, w = images.shape
     if h % patch or w % patch:
-        raise ValueError(f"images of {h} x {w} pixels: the patch size {patch} does not divide them; resize or change the patch")
+        raise ValueError(
+            f"images of {h} x {w} pixels: the patch size {patch} does not divide them; resize or change the patch"
+        )
     x = images.reshape(b, c, h // patch, patch, w // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
 
@@ -46,6 +48,9 @@ def _sincos(position: Tensor, width: int) -> Tensor:
 
 class Tokenizer(nn.Module):
     """Cuts a normalised input into patches: [B, C, H, W] or [B, C, L] -> [B, N, P]. uint8 images are normalised first."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, kind: str, size: int, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()):
         super().__init__()

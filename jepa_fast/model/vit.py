@@ -97,6 +97,8 @@ def _check_keep(keep: Tensor, batch: int, tokens: int) -> None:
         raise ValueError(f"keep must be int64 [{batch}, K] token numbers, got {keep.dtype} {list(keep.shape)}")
     if keep.device.type == "cpu":  # on a device the check would be a synchronisation; gather asserts the range there
         if keep.numel() and not (int(keep.min()) >= 0 and int(keep.max()) < tokens):
-            raise ValueError(f"keep holds token {int(keep.max())} or {int(keep.min())}; an image has tokens 0 to {tokens - 1}")
+            raise ValueError(
+                f"keep holds token {int(keep.max())} or {int(keep.min())}; an image has tokens 0 to {tokens - 1}"
+            )
         if (keep.sort(1).values.diff(dim=1) == 0).any():
             raise ValueError("keep names a token twice in one row; every kept token once")

@@ -38,7 +38,9 @@ class CollapseMonitor:
             gap = discrepancy.discrepancy(output.context, visible)
             spread = discrepancy.instance_spread(target)
             regression = jepa.normalise(target)
-            skill = discrepancy.predictor_skill(output.loss, regression, plan.target_rows, plan.target_weight, jepa.loss)
+            skill = discrepancy.predictor_skill(
+                output.loss, regression, plan.target_rows, plan.target_weight, jepa.loss
+            )
         return {"discrepancy/visible": gap, "discrepancy/relative": gap / spread, "spread": spread, "skill": skill}
 
     @torch.no_grad()

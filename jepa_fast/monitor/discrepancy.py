@@ -46,7 +46,9 @@ def _best_constant(target: Tensor, kind: str) -> Tensor:
         return target.median(0, keepdim=True).values
     constant = target.mean(0, keepdim=True)
     if kind == "smooth_l1":
-        for _ in range(3):  # reweighted means converge on the Huber location; three are within 1e-3 on layer-normed features
+        for _ in range(
+            3
+        ):  # reweighted means converge on the Huber location; three are within 1e-3 on layer-normed features
             weight = 1 / (target - constant).abs().clamp(min=1)
             constant = (weight * target).sum(0, keepdim=True) / weight.sum(0, keepdim=True)
     return constant

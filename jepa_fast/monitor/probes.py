@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_fast.data.dataset import Source, fixed_draw
+from jepa_fast.data.sources import Source, fixed_draw
 
 # Shape legend: n training and m test samples of the probe, D width, c classes.
 
@@ -52,7 +52,9 @@ def features(encoder: nn.Module, inputs: Tensor, device: torch.device, batch_siz
     return torch.cat([encoder(x.to(device)).float().mean(1) for x in inputs.split(batch_size)])
 
 
-def score(encoder: nn.Module, probe: ProbeSet, device: torch.device, ridge: float, knn: int, temperature: float) -> tuple[dict[str, float], Tensor]:
+def score(
+    encoder: nn.Module, probe: ProbeSet, device: torch.device, ridge: float, knn: int, temperature: float
+) -> tuple[dict[str, float], Tensor]:
     """({'': ridge on standardised features, '/balanced': its mean recall over classes, '/raw', '/knn'}, train features [n, D])."""
     x, test = features(encoder, probe.train, device), features(encoder, probe.test, device)
     y, truth = probe.train_labels.to(device), probe.test_labels.to(device)
