@@ -5,30 +5,35 @@ Every mask is a pure function of its numbers. What a row draws hangs on (seed, e
 shares, the block sizes and in `reference` and `fixed` the cut to the shortest context, on (seed, step, group). Groups
 are cut from the global batch, so the result does not depend on how the batch is split among processes.
 
-I-JEPA's sampler (arXiv 2301.08243) as `reference`, and our variants without its quirks: see `Masks.mode`. Unlike the
-original it never loops for ever: locations are drawn again a bounded number of times, then the setting is refused.
+`reference` draws as I-JEPA's published sampler does (arXiv 2301.08243), with three quirks that the other modes mend
+one by one: see `block_sizes`, `reach`, `_cut`. Two things differ on purpose. It never loops for ever: an image with too
+few context tokens has all its locations drawn again, a bounded number of times, then the setting is refused. And
+min_keep is the fewest tokens that will do, where I-JEPA asks for one more.
 """
 
+import argparse
 import importlib
 import math
+import statistics
+import sys
+import time
 import typing
 import warnings
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from types import ModuleType
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
 
 from jepa_fast.config import Masks
 from jepa_fast.data import masks_reference as reference
-from jepa_fast.data.masks_reference import ROWS, SIZES, Drawn, block_sizes, draw_sizes, reach, stream_keys
-from jepa_fast.errors import UsageError
+from jepa_fast.data.masks_reference import BLOCKLESS, MODES, ROWS, SIZES, Drawn, check_setting, refuse, stream_keys
+from jepa_fast.errors import UsageError, one_line_errors
 
 EXTENSION_ABI = 1  # of jepa_fast_C; raised together with the C++ side
 TRIES = 1000  # draws of one row's locations before the setting is refused
 CHECK_TRIES = 50  # a setting that passes with these few will not use up the many
-BLOCKLESS = ("random", "bernoulli")
 CUT = ("reference", "fixed")  # modes whose contexts are cut to the shortest of the group
 
 Backend = Literal["auto", "cpp", "python"]
@@ -56,10 +61,8 @@ def sample_masks(
     """
     stop = len(samples) if stop is None else stop
     if not 0 <= start < stop <= len(samples) or len(epochs) != len(samples):
-        raise ValueError(
-            f"rows {start} to {stop} of {len(epochs)} epochs and {len(samples)} samples: give a non-empty part of a batch"
-        )
-    _check_setting(config, grid)
+        raise ValueError(f"rows [{start}, {stop}) of {len(epochs)} epochs, {len(samples)} samples: not part of a batch")
+    check_setting(config, grid)
     first, last = start, stop
     if config.mode in CUT:  # the cut needs every row of a group
         first, last = start // config.group * config.group, min(-(-stop // config.group) * config.group, len(samples))
@@ -83,33 +86,25 @@ def _group_sizes(config: Masks, grid: tuple[int, ...], seed: int, step: int, gro
     if config.mode in BLOCKLESS:
         return np.zeros((len(groups), 4), np.int64)
     names = np.arange(groups[0], groups[-1] + 1)
-    sizes = [draw_sizes(config, grid, key, TRIES) for key in stream_keys(seed, SIZES, step, names)]
+    sizes = [reference.draw_sizes(config, grid, key, TRIES) for key in stream_keys(seed, SIZES, step, names)]
     if None in sizes:
-        _refuse(
-            "min_keep",
-            config.min_keep,
-            "no target block has as many tokens; give fewer, or a larger --masks.target_scale",
-        )
+        refuse(config, "min_keep", "no target block has as many tokens; give fewer")
     return np.array(sizes, np.int64)[groups - groups[0]]
 
 
 def _draw(
-    config: Masks, grid: tuple[int, ...], keys: np.ndarray, sizes: np.ndarray, sampler: ModuleType, tries: int
-) -> Drawn | None:
-    """The rows before the cut; None if one of them found no locations."""
+    config: Masks, grid: tuple[int, ...], keys: np.ndarray, sizes: np.ndarray,
+    sampler: ModuleType, tries: int, cut: bool = True,
+) -> Drawn | None:  # fmt: skip
+    """The rows before a group's cut (and whole, without `cut`, in `subsampled`); None if one found no locations."""
     num_tokens = math.prod(grid)
     if config.mode == "random":
         return sampler.draw_exact(keys, num_tokens, int(config.ratio * num_tokens))
     if config.mode == "bernoulli":
         return sampler.draw_bernoulli(keys, num_tokens, int(config.ratio * 2**53), config.min_keep, tries)
-    keep = _kept(config, grid)
+    keep, within = reference.kept(config, grid), reference.reach(config.mode, grid)
     need = max(config.min_keep, keep)
-    return sampler.draw_blocks(keys, sizes, grid, reach(config.mode, grid), config.num_targets, need, keep, tries)
-
-
-def _kept(config: Masks, grid: tuple[int, ...]) -> int:
-    """Tokens `subsampled` keeps of each image; 0 in other modes."""
-    return (config.context_tokens or math.prod(grid) // 4) if config.mode == "subsampled" else 0
+    return sampler.draw_blocks(keys, sizes, grid, within, config.num_targets, need, keep if cut else 0, tries)
 
 
 def _cut(context: np.ndarray, lengths: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,10 +144,8 @@ def extension() -> ModuleType | None:
         _warn(f"the C++ mask sampler cannot be used ({error}); the Python one serves, slower")
         return None
     if getattr(module, "ABI", None) != EXTENSION_ABI:
-        version = getattr(module, "ABI", None)
-        _warn(
-            f"jepa_fast_C is version {version} and this package needs {EXTENSION_ABI}; reinstall (pip install .); the Python sampler serves meanwhile, slower"
-        )
+        found = f"jepa_fast_C is version {getattr(module, 'ABI', None)} and this package needs {EXTENSION_ABI}"
+        _warn(f"{found}; reinstall (pip install .); the slower Python sampler serves")
         return None
     return module
 
@@ -170,127 +163,106 @@ def check_masks(config: Masks, grid: tuple[int, ...]) -> None:
     What is possible but too rare to be found is refused too: every size of target block that the setting can draw
     is tried beside the smallest context block.
     """
-    _check_setting(config, grid)
-    sizes = np.array([(*target, *_smallest_context(config, grid)) for target in _target_sizes(config, grid)])
-    sizes = np.zeros((1, 4), np.int64) if config.mode in BLOCKLESS else sizes
-    sizes = np.repeat(sizes, 8, axis=0)
-    keys = stream_keys(0, ROWS, 0, np.arange(len(sizes)))
-    if _draw(config, grid, keys, sizes, _sampler("auto"), CHECK_TRIES) is None:
+    check_setting(config, grid)
+    sizes = [[0] * 4]
+    if config.mode not in BLOCKLESS:
+        sizes = [
+            [*target, *reference.smallest_context(config, grid)] for target in reference.target_sizes(config, grid)
+        ]
+    keys = stream_keys(0, ROWS, 0, np.arange(8 * len(sizes)))
+    if _draw(config, grid, keys, np.repeat(np.array(sizes), 8, axis=0), _sampler("auto"), CHECK_TRIES) is None:
         _refuse_context(config)
-
-
-@lru_cache
-def _check_setting(config: Masks, grid: tuple[int, ...]) -> None:
-    """What follows from the numbers alone; cheap, once for each setting."""
-    modes = typing.get_args(typing.get_type_hints(Masks)["mode"])
-    if config.mode not in modes:
-        _refuse("mode", config.mode, f"give one of {', '.join(modes)}")
-    num_tokens = math.prod(grid)
-    if config.mode in BLOCKLESS:
-        _check_tokens(config, num_tokens)
-    elif len(grid) != 2:
-        _refuse(
-            "mode",
-            config.mode,
-            f"blocks need rows and columns, and this grid is {grid}; a series takes random or bernoulli",
-        )
-    else:
-        _check_blocks(config, grid)
-
-
-def _check_tokens(config: Masks, num_tokens: int) -> None:
-    if config.num_targets != 1:
-        _refuse("num_targets", config.num_targets, f"{config.mode} hides one set of tokens; give 1")
-    if config.mode == "random":
-        hidden = int(config.ratio * num_tokens)
-        if not 0 < hidden < num_tokens:
-            _refuse(
-                "ratio", config.ratio, f"hides {hidden} of {num_tokens} tokens; some must be hidden and some visible"
-            )
-        if min(hidden, num_tokens - hidden) < config.min_keep:
-            _refuse(
-                "min_keep",
-                config.min_keep,
-                f"{hidden} of {num_tokens} tokens are hidden; give at most {min(hidden, num_tokens - hidden)}",
-            )
-    elif 2 * config.min_keep > num_tokens:
-        _refuse(
-            "min_keep",
-            config.min_keep,
-            f"as many must be hidden and visible of {num_tokens} tokens; give at most {num_tokens // 2}",
-        )
-
-
-def _check_blocks(config: Masks, grid: tuple[int, ...]) -> None:
-    smallest = min(h * w for h, w in _target_sizes(config, grid))
-    if smallest < 1:
-        _refuse(
-            "target_scale",
-            config.target_scale,
-            f"a target block of the {grid[0]}x{grid[1]} grid can be empty; give a larger scale or an aspect nearer 1",
-        )
-    if smallest < config.min_keep:
-        _refuse(
-            "min_keep",
-            config.min_keep,
-            f"a target block of the {grid[0]}x{grid[1]} grid can have {smallest} tokens; give at most {smallest}, or a larger --masks.target_scale",
-        )
-    most = min(_most_visible(config, grid, target) for target in _target_sizes(config, grid))
-    if most < config.min_keep:
-        _refuse(
-            "min_keep",
-            config.min_keep,
-            f"targets can leave {most} context tokens at most; give fewer, a smaller --masks.target_scale or a larger --masks.context_scale",
-        )
-    if config.mode == "subsampled":
-        keep = _kept(config, grid)
-        if keep < config.min_keep:
-            _refuse(
-                "context_tokens",
-                config.context_tokens,
-                f"keeps {keep} tokens, fewer than --masks.min_keep {config.min_keep}; give at least as many",
-            )
-        if keep > most:
-            _refuse(
-                "context_tokens",
-                config.context_tokens,
-                f"keeps {keep} tokens and targets can leave {most} at most; give fewer",
-            )
-
-
-def _target_sizes(config: Masks, grid: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Sizes of target blocks that the setting can draw (scanned: all but the rarest)."""
-    if config.mode in BLOCKLESS:
-        return []
-    scan = np.linspace(0, 1, 65).tolist()
-    return sorted({block_sizes(config, grid, u, v, 0)[:2] for u in scan for v in scan})
-
-
-def _smallest_context(config: Masks, grid: tuple[int, ...]) -> tuple[int, int]:
-    return block_sizes(config, grid, 0, 0, 0)[2:]
-
-
-def _most_visible(config: Masks, grid: tuple[int, ...], target: tuple[int, int]) -> int:
-    """Context tokens left when all targets lie on one another, as far outside the smallest context block as can be."""
-    context, room = _smallest_context(config, grid), reach(config.mode, grid)
-    overlap = [max(t + c - r, 0) for t, c, r in zip(target, context, room, strict=True)]
-    return math.prod(context) - math.prod(overlap)
-
-
-def _refuse(name: str, value: Any, mend: str) -> NoReturn:
-    raise UsageError(f"--masks.{name} is {value!r}: {mend}")
 
 
 def _refuse_context(config: Masks) -> NoReturn:
     if config.mode == "bernoulli":
-        _refuse(
-            "min_keep",
-            config.min_keep,
-            f"hardly any draw at --masks.ratio {config.ratio} has as many hidden and visible tokens; give fewer",
-        )
+        refuse(config, "min_keep", f"--masks.ratio {config.ratio} hardly ever leaves and hides so many; give fewer")
     name = "context_tokens" if config.mode == "subsampled" else "min_keep"
-    _refuse(
-        name,
-        getattr(config, name),
-        "the targets hardly ever leave as many context tokens; give fewer, or fewer or smaller targets (--masks.num_targets, --masks.target_scale)",
+    refuse(config, name, "targets hardly ever leave so many; give fewer, or a smaller --masks.target_scale")
+
+
+# ---- report: python -m jepa_fast.data.masks --report --------------------------------------------
+
+_HEADER = """
+context: tokens an image shows the context encoder, after any cut.   target: tokens of one block.
+hidden: share of the grid outside the context.   covered: share of it inside a target.
+top: share of the context in the upper half of the grid.   thrown: visible tokens that a cut or subsample drops.
+even: exp(entropy) of the positions used, over tokens of the grid; 1 where all are used alike.
+us: microseconds an image, median over batches, of the Python and the C++ sampler.
+
+mode         context  min  max  target  hidden  covered   top  thrown  even:context  even:target  us:python  us:cpp"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help lists the options")
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    """Print what each mode really draws, and how fast."""
+    parser = _Parser(prog="python -m jepa_fast.data.masks", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("--report", action="store_true", required=True)
+    parser.add_argument("--mode", choices=MODES, help="only this one")
+    parser.add_argument("--grid", type=int, nargs="+", default=[14, 14], help="rows and columns, or patches")
+    parser.add_argument("--masks.group", dest="group", type=int, default=Masks.group)
+    parser.add_argument("--masks.min_keep", dest="min_keep", type=int, help="default 10, without blocks 1")
+    for name, value in (("batch", 128), ("batches", 20), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args(argv)
+    if min(args.batch, args.batches, args.group, *args.grid) < 1:
+        raise UsageError("--batch, --batches, --masks.group and --grid must be at least 1")
+    grid = tuple(args.grid)
+    lines = []
+    for mode in [args.mode] if args.mode else [m for m in MODES if len(grid) == 2 or m in BLOCKLESS]:
+        num_targets, min_keep = (1, 1) if mode in BLOCKLESS else (Masks.num_targets, Masks.min_keep)
+        config = Masks(mode, num_targets, group=args.group, min_keep=args.min_keep or min_keep)
+        check_masks(config, grid)
+        lines.append(_line(config, grid, args.seed, args.batch, args.batches))
+    shape = "x".join(map(str, grid))
+    print(f"grid {shape}, {args.batches} batches of {args.batch}, groups of {args.group}, seed {args.seed}")
+    print("\n".join([_HEADER, *lines]))
+
+
+def _line(config: Masks, grid: tuple[int, ...], seed: int, batch: int, batches: int) -> str:
+    num_tokens, micros = math.prod(grid), {}
+    backends: tuple[Backend, ...] = ("python", "cpp") if extension() else ("python",)
+    for backend in backends:
+        drawn, times = [], []
+        for step in range(batches):
+            began = time.perf_counter()
+            rows = np.arange(step * batch, (step + 1) * batch)
+            drawn.append(sample_masks(config, grid, seed, step, np.zeros_like(rows), rows, backend=backend))
+            times.append((time.perf_counter() - began) / batch * 1e6)
+        micros[backend] = f"{statistics.median(times):.2f}"
+    lengths, sizes, context, targets = (
+        np.concatenate([getattr(m, k) for m in drawn])
+        for k in ("context_lengths", "target_lengths", "context", "targets")
     )
+    image_of_target = np.repeat(np.arange(len(sizes)), sizes * drawn[0].num_targets)
+    covered = len(np.unique(image_of_target * num_tokens + targets))
+    visible = sum(_visible(config, grid, seed, step, batch) for step in range(batches))
+    even = [_evenness(np.bincount(t, minlength=num_tokens)) for t in (context, targets)]
+    return (
+        f"{config.mode:<11} {lengths.mean():8.1f} {lengths.min():4d} {lengths.max():4d} {sizes.mean():7.1f} "
+        f"{1 - lengths.mean() / num_tokens:7.3f} {covered / len(sizes) / num_tokens:8.3f} "
+        f"{np.mean(context < num_tokens // 2):5.3f} {1 - len(context) / visible:7.3f} "
+        f"{even[0]:13.3f} {even[1]:12.3f} {micros['python']:>10} {micros.get('cpp', '-'):>7}"
+    )
+
+
+def _visible(config: Masks, grid: tuple[int, ...], seed: int, step: int, batch: int) -> int:
+    """Context tokens of the whole batch before any cut or subsample."""
+    keys = stream_keys(seed, ROWS, 0, np.arange(step * batch, (step + 1) * batch))
+    sizes = _group_sizes(config, grid, seed, step, np.arange(batch) // config.group)
+    drawn = _draw(config, grid, keys, sizes, _sampler("auto"), TRIES, cut=False)
+    return len(drawn[0]) if drawn else 0
+
+
+def _evenness(counts: np.ndarray) -> float:
+    share = counts[counts > 0] / counts.sum()
+    return float(np.exp(-(share * np.log(share)).sum())) / len(counts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

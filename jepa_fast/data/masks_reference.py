@@ -2,14 +2,22 @@
 
 In: one 64-bit stream key per row, block sizes. Out: ragged token numbers (`Drawn`), before any cut to a common length.
 csrc/jepa_fast/masks.cpp does the same as the three `draw_*` functions, faster, and must give the same bits. So they
-take whole numbers only: everything with a fraction (scales, aspects, probabilities) is settled in Python before.
+take whole numbers only: everything with a fraction (scales, aspects, probabilities) is settled in Python before. What
+the sizes rule out is refused here too.
 """
 
 import math
+import typing
+from functools import lru_cache
+from typing import NoReturn
 
 import numpy as np
 
 from jepa_fast.config import Masks
+from jepa_fast.errors import UsageError
+
+MODES = typing.get_args(typing.get_type_hints(Masks)["mode"])
+BLOCKLESS = ("random", "bernoulli")
 
 Drawn = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """context [Tc], context_lengths [R], targets [Tt], target_lengths [R] of R rows, all int64."""
@@ -84,6 +92,17 @@ def draw_sizes(config: Masks, grid: tuple[int, ...], key: int, tries: int) -> tu
     return None
 
 
+def target_sizes(config: Masks, grid: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(height, width) of the target blocks that the setting can draw: scanned, so the rarest may be left out."""
+    scan = np.linspace(0, 1, 65).tolist()
+    return sorted({block_sizes(config, grid, u, v, 0)[:2] for u in scan for v in scan})
+
+
+def smallest_context(config: Masks, grid: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) of the context block at the smallest scale."""
+    return block_sizes(config, grid, 0, 0, 0)[2:]
+
+
 def _lerp(bounds: tuple[float, float], t: float) -> float:
     return bounds[0] + t * (bounds[1] - bounds[0])
 
@@ -91,6 +110,65 @@ def _lerp(bounds: tuple[float, float], t: float) -> float:
 def _block_size(grid: tuple[int, ...], most: tuple[int, ...], scale: float, aspect: float) -> tuple[int, int]:
     area = int(math.prod(grid) * scale)
     return min(round(math.sqrt(area * aspect)), most[0]), min(round(math.sqrt(area / aspect)), most[1])
+
+
+def kept(config: Masks, grid: tuple[int, ...]) -> int:
+    """Tokens `subsampled` keeps of each image; 0 in other modes."""
+    return (config.context_tokens or math.prod(grid) // 4) if config.mode == "subsampled" else 0
+
+
+# ---- settings that cannot work ------------------------------------------------------------------
+
+
+@lru_cache
+def check_setting(config: Masks, grid: tuple[int, ...]) -> None:
+    """Raises UsageError for what the numbers alone rule out. Once for each setting: it scans sizes."""
+    if config.mode not in MODES:
+        refuse(config, "mode", f"give one of {', '.join(MODES)}")
+    if config.mode in BLOCKLESS:
+        _check_tokens(config, math.prod(grid))
+    elif len(grid) != 2:
+        refuse(config, "mode", f"blocks need rows and columns, this grid is {grid}; give random or bernoulli")
+    else:
+        _check_blocks(config, (grid[0], grid[1]))
+
+
+def _check_tokens(config: Masks, num_tokens: int) -> None:
+    if config.num_targets != 1:
+        refuse(config, "num_targets", f"{config.mode} hides one set of tokens; give 1")
+    if config.mode == "random":
+        hidden = int(config.ratio * num_tokens)
+        most = min(hidden, num_tokens - hidden)
+        if most < 1:
+            refuse(config, "ratio", f"hides {hidden} of {num_tokens} tokens; some must be hidden, some visible")
+    else:
+        most = num_tokens // 2
+    if config.min_keep > most:
+        refuse(config, "min_keep", f"so many of {num_tokens} tokens cannot be hidden and visible; give at most {most}")
+
+
+def _check_blocks(config: Masks, grid: tuple[int, int]) -> None:
+    sizes, where = target_sizes(config, grid), f"the {grid[0]}x{grid[1]} grid"
+    smallest = min(height * width for height, width in sizes)
+    if smallest < 1:
+        refuse(config, "target_scale", f"targets can be empty on {where}; give more, or an aspect nearer 1")
+    if smallest < config.min_keep:
+        refuse(config, "min_keep", f"targets can have {smallest} tokens on {where}; give at most {smallest}")
+    # At best all targets lie on one another, as far outside the smallest context block as the grid allows.
+    context, room = smallest_context(config, grid), reach(config.mode, grid)
+    most = math.prod(context) - max(
+        math.prod(max(t + c - r, 0) for t, c, r in zip(size, context, room, strict=True)) for size in sizes
+    )
+    if most < config.min_keep:
+        refuse(config, "min_keep", f"targets can leave {most} context tokens on {where}; give fewer or smaller targets")
+    keep = kept(config, grid)
+    if keep and not config.min_keep <= keep <= most:
+        bounds = f"from --masks.min_keep ({config.min_keep}) to the {most} that targets can leave on {where}"
+        refuse(config, "context_tokens", f"{keep} tokens are not {bounds}; give a number between")
+
+
+def refuse(config: Masks, name: str, mend: str) -> NoReturn:
+    raise UsageError(f"--masks.{name} is {getattr(config, name)!r}: {mend}")
 
 
 # ---- rows: locations and tokens, one image after the other --------------------------------------
