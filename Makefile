@@ -1,5 +1,5 @@
 # Every target makes .venv if it is missing, installs through constraints.txt, and runs. No other step.
-# Paths stay relative and programs are called as modules, so that a folder name with a space works.
+# Paths stay relative, so that a folder name with a space works.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN := .venv/bin/python
@@ -20,7 +20,7 @@ lint: .venv/installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	.venv/bin/python -m clang_format --dry-run -Werror csrc/*/*.cpp csrc/*/*.h
+	.venv/bin/clang-format --dry-run -Werror csrc/*/*.cpp csrc/*/*.h
 
 bench: .venv/installed-test
 	for file in benchmarks/bench_*.py; do $(RUN) "$$file" || exit 1; done

@@ -22,10 +22,16 @@ class OptionalBuild(build_ext):
         try:
             super().build_extension(extension)
         except Exception as error:
-            warnings.warn(f"{extension.name} was not built ({error}); the slower Python reference will be used", stacklevel=1)
+            warnings.warn(
+                f"{extension.name} was not built ({error}); the slower Python reference will be used", stacklevel=1
+            )
 
     def copy_extensions_to_source(self) -> None:
-        built = [e for e in self.extensions if os.path.exists(self.get_ext_fullpath(e.name)) or os.path.exists(self._built(e))]
+        built = [
+            e
+            for e in self.extensions
+            if os.path.exists(self.get_ext_fullpath(e.name)) or os.path.exists(self._built(e))
+        ]
         self.extensions = built
         super().copy_extensions_to_source()
 
@@ -38,6 +44,7 @@ def extension(name: str, folder: str) -> Pybind11Extension:
     return Pybind11Extension(
         name,
         sorted(glob(f"{folder}/*.cpp")),
+        depends=sorted(glob(f"{folder}/*.h")),
         cxx_std=17,
         extra_compile_args=[] if sys.platform == "win32" else ["-O3", *openmp],
         extra_link_args=openmp,
@@ -47,6 +54,8 @@ def extension(name: str, folder: str) -> Pybind11Extension:
 skip = os.environ.get("JEPA_FAST_NO_EXT") == "1"
 ParallelCompile("JEPA_FAST_BUILD_JOBS", default=2).install()
 setup(
-    ext_modules=[] if skip else [extension(name, folder) for name, folder in EXTENSIONS.items()],
+    ext_modules=[]
+    if skip
+    else [extension(name, folder) for name, folder in EXTENSIONS.items() if os.path.isdir(folder)],
     cmdclass={"build_ext": OptionalBuild},
 )

@@ -63,19 +63,22 @@ def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
 class Progress:
     """One live line on a terminal; a plain line now and then elsewhere. `quiet` says nothing (other ranks)."""
 
-    def __init__(self, steps: int, start: int, quiet: bool, lines: int = 20):
-        self.steps, self.start, self.quiet = steps, start, quiet
+    def __init__(self, steps: int, start: int, quiet: bool, every: int):
+        self.steps, self.start, self.quiet, self.every = steps, start, quiet, every
         self.live = sys.stdout.isatty()
-        self.every = max(1, (steps - start) // lines)
+        self.values: dict[str, float] = {}
         self.began = time.monotonic()
         self.next_line = start
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        """`values` by name, in the order to show them."""
+        """`values` by name, in the order to show them; what is not given stays as it was."""
+        self.values |= values
+        if step == self.start:
+            self.began = time.monotonic()  # the first step also warms caches: not a rate to count on
         if self.quiet or not (self.live or step >= self.next_line or step == self.steps):
             return
         self.next_line = step + self.every
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in self.values.items())
         line = f"step {step:>{len(str(self.steps))}}/{self.steps}  {shown}  {self._left(step)}"
         if self.live:
             bar = round(16 * step / self.steps)

@@ -110,7 +110,7 @@ def set_up(config: Config, resume: str, world: World) -> Run:
         loader=Loader(config, dataset.train, config.train.seed, world.rank, world.size, start, steps + 1),
         interval=Interval(world.device),
         log=RunLog(folder, start) if world.is_main else None,
-        progress=Progress(steps, start, quiet=not world.is_main),
+        progress=Progress(steps, start, quiet=not world.is_main, every=max(config.monitor.every, steps // 40)),
     )  # fmt: skip
     if state is not None:
         _restore(run, state)
@@ -211,8 +211,8 @@ def write_record(
     values = parallel.average(interval.scalars() | signals, run.world)
     bad, bad_in_a_row = round(values.pop("bad")), round(values.pop("bad_in_a_row"))
     drift = run.ema.drift()
-    seconds = max(1e-9, time.monotonic() - interval.began)
-    rate = interval.num_inputs * run.world.size / max(1e-9, seconds - run.monitor.seconds)
+    seconds = max(1e-9, time.monotonic() - interval.began - run.monitor.seconds)
+    rate = interval.num_inputs * run.world.size / seconds
     times = {
         "time/step": seconds / interval.num_steps,
         "time/data_wait": interval.wait / interval.num_steps,

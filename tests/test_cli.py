@@ -24,8 +24,15 @@ def test_without_arguments_cuda_trains_imagenet_or_generated_textures(monkeypatc
 
 
 def test_fields_go_over_the_preset():
-    config = cli.parse(["textures", "--train.steps", "7", "--data.crop_scale", "0.2", "0.9", "--ema.decay=0.5", "--init.from", "x"]).config
-    assert (config.train.steps, config.data.crop_scale, config.ema.decay, config.init.from_) == (7, (0.2, 0.9), 0.5, "x")
+    config = cli.parse(
+        ["textures", "--train.steps", "7", "--data.crop_scale", "0.2", "0.9", "--ema.decay=0.5", "--init.from", "x"]
+    ).config
+    assert (config.train.steps, config.data.crop_scale, config.ema.decay, config.init.from_) == (
+        7,
+        (0.2, 0.9),
+        0.5,
+        "x",
+    )
     assert config.model == preset("textures").model
     assert not cli.parse(["--objective.target_norm", "False"]).config.objective.target_norm
 

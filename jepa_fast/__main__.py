@@ -1,0 +1,27 @@
+"""One console script over the verbs: `jepa-fast train ...` is `python -m jepa_fast.train ...`."""
+
+import importlib
+import sys
+
+from jepa_fast.errors import UsageError, one_line_errors, suggest
+
+VERBS = {
+    "train": "train a JEPA and say which phase it is in",
+    "report": "write a run's report.html again",
+}
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if verb in ("-h", "--help"):
+        width = max(map(len, VERBS))
+        print("usage: jepa-fast VERB ...\n\n" + "\n".join(f"  {name:<{width}}  {says}" for name, says in VERBS.items()))
+        return 0
+    if verb not in VERBS:
+        raise UsageError(f"unknown verb {verb!r}{suggest(verb, VERBS)}; known are {', '.join(VERBS)}")
+    return importlib.import_module(f"jepa_fast.{verb}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
