@@ -140,7 +140,9 @@ def _check_tokens(config: Masks, num_tokens: int) -> None:
         hidden = int(config.ratio * num_tokens)
         most = min(hidden, num_tokens - hidden)
         if most < 1:
-            refuse(config, "ratio", f"hides {hidden} of {num_tokens} tokens; some must be hidden, some visible")
+            refuse(
+                config, "ratio", f"hides {hidden} of {num_tokens} tokens; give a share that hides some and leaves some"
+            )
     else:
         most = num_tokens // 2
     if config.min_keep > most:
