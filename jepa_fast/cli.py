@@ -100,6 +100,7 @@ def default_config() -> Config:
 
 def _override(base: Config, args: list[str]) -> Config:
     _refuse_unknown(args, base)
+    args = [re.sub(r"^--init\.from\b", "--init.from_", arg) for arg in args]  # `from` is a keyword of Python
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
@@ -114,9 +115,9 @@ def _refuse_unknown(args: list[str], base: Config) -> None:
         if arg.startswith("--"):
             field = arg[2:].split("=", 1)[0].replace("-", "_")
             if field not in known:
-                options = [*known, "list", "print-config", "resume", "help"]
+                options = [f"--{name}" for name in (*known, "list", "print-config", "resume", "help")]
                 raise UsageError(
-                    f"unknown option {arg.split('=')[0]}{suggest(field, options)}; --print-config lists all fields"
+                    f"unknown option {arg.split('=')[0]}{suggest(arg, options)}; --print-config lists all fields"
                 )
         elif arg.startswith("-") and not re.match(r"-[\d.]", arg):
             raise UsageError(f"unknown option {arg}; options are --section.field VALUE, --print-config lists them")

@@ -109,12 +109,17 @@ def set_up(config: Config, resume: str, world: World) -> Run:
         monitor=_monitor(config, dataset, world),
         loader=Loader(config, dataset.train, config.train.seed, world.rank, world.size, start, steps + 1),
         interval=Interval(world.device),
-        log=RunLog(folder, start) if world.is_main else None,
+        log=None,
         progress=Progress(steps, start, quiet=not world.is_main, every=max(config.monitor.every, steps // 40)),
     )  # fmt: skip
     if state is not None:
         _restore(run, state)
-    _introduce(run)
+    if world.is_main:  # from here on the folder is written to
+        rundir.claim(config, folder)
+        run.log = RunLog(folder, start)
+        if start:
+            run.log.event("resume", start, processes=world.size)
+        _introduce(run)
     return run
 
 
@@ -137,7 +142,7 @@ def _folder(config: Config, resume: str, world: World) -> tuple[Path, int, dict 
     folder, step = Path(), 0
     if world.is_main:
         folder = Path(config.run.dir) if config.run.dir else rundir.next_free(config.preset)
-        step, _ = rundir.open_for(config, folder, resume)
+        step = rundir.find_start(config, folder, resume)
     folder, step = parallel.same_everywhere((folder, step), world)
     return folder, step, checkpoint.load(folder / "checkpoints" / f"step-{step}") if step else None
 
@@ -182,13 +187,9 @@ def _restore(run: Run, state: dict) -> None:
     run.monitor.load_state_dict(state["monitor"])
     run.interval.load_state_dict(state["interval"])
     torch.set_rng_state(state["rng"])
-    if run.log:
-        run.log.event("resume", run.start, processes=run.world.size)
 
 
 def _introduce(run: Run) -> None:
-    if not run.world.is_main:
-        return
     config = run.config
     encoder = sum(p.numel() for p in run.jepa.context_encoder.parameters())
     predictor = sum(p.numel() for p in run.jepa.predictor.parameters())

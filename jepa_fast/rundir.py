@@ -1,7 +1,6 @@
 """The run folder: which one, whether it may be used, and where a resumed run begins."""
 
 from pathlib import Path
-from typing import Any
 
 from jepa_fast import checkpoint
 from jepa_fast.config import Config, flatten, from_json, replace, to_json
@@ -34,30 +33,36 @@ def saved_config(folder: Path) -> Config | None:
     return from_json(file.read_text(), str(file)) if file.exists() else None
 
 
-def open_for(config: Config, folder: Path, resume: str) -> tuple[int, dict[str, Any] | None]:
-    """Make the folder ready for `config`: (step to begin at, checkpoint state or None).
+def find_start(config: Config, folder: Path, resume: str) -> int:
+    """The step to begin at: 0, or that of the checkpoint to continue from. Changes nothing.
 
     resume: '' (a new run), 'must' (there must be a checkpoint), 'auto' (continue if there is one).
-    Raises UsageError, and changes nothing, if the folder holds another configuration or another run.
+    Raises UsageError if the folder holds another configuration, another run, or no checkpoint that is due.
     """
     saved = saved_config(folder)
     if saved is not None:
         _refuse_other(saved, config, folder)
     if saved is not None and not resume:
         raise UsageError(f"{folder} already holds this run: --resume to continue it, or another --run.dir")
-    if saved is None and folder.is_dir() and any(folder.iterdir()):
+    if saved is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists, is not empty and holds no run: give another --run.dir")
     newest_state = checkpoint.load_newest(folder, fall_back=resume == "auto") if resume else None
     if resume == "must" and newest_state is None:
         raise UsageError(f"--resume: no checkpoint in {folder}; leave out --resume to start, or use --resume auto")
+    return newest_state[0] if newest_state else 0
+
+
+def claim(config: Config, folder: Path) -> None:
+    """Make the folder and write config.json into it. Raises UsageError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(to_json(replace(config, {"run.dir": str(folder)})))
+        partial = folder / ".config.json.partial"
+        partial.write_text(to_json(replace(config, {"run.dir": str(folder)})))
+        partial.rename(folder / "config.json")
     except OSError as error:
         raise UsageError(
             f"cannot write to --run.dir {folder}: {error.strerror}; choose a folder that can be written"
         ) from None
-    return newest_state or (0, None)
 
 
 def _refuse_other(saved: Config, config: Config, folder: Path) -> None:
