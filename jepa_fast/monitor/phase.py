@@ -41,7 +41,7 @@ def detect(records: Iterable[dict[str, Any]]) -> list[Event]:
     """All events of a run so far, in the order they were called. Records need `step`; every other key may be missing."""
     records = list(records)
     valleys = {"loss minimum": "loss", "discrepancy valley": "discrepancy/visible", "variance escape": "spread"}
-    events = [_event(kind, key, v) for kind, key in valleys.items() for v in _valleys(_series(records, key))]
+    events = [_event(kind, key, v) for kind, key in valleys.items() for v in _valleys(series(records, key))]
     events += _features(records)
     return sorted(events, key=lambda e: (e.called_at, e.step, e.kind))
 
@@ -52,7 +52,7 @@ def number(value: Any) -> float | None:
     return float(value) if usable else None
 
 
-def _series(records: list[dict[str, Any]], key: str) -> Iterator[tuple[int, float]]:
+def series(records: list[dict[str, Any]], key: str) -> Iterator[tuple[int, float]]:
     """(step, value) of the records that have a positive value (and one that logs and ratios can take), at rising steps."""
     last = -math.inf
     for record in records:
@@ -65,7 +65,7 @@ def _series(records: list[dict[str, Any]], key: str) -> Iterator[tuple[int, floa
 # ---- levels ---------------------------------------------------------------------------------------
 
 
-class _Level(NamedTuple):
+class Level(NamedTuple):
     """A curve as known at step `called`."""
 
     step: int  # middle of the window
@@ -76,7 +76,7 @@ class _Level(NamedTuple):
     called: int
 
 
-def _levels(series: Iterable[tuple[int, float]]) -> Iterator[_Level]:
+def levels(series: Iterable[tuple[int, float]]) -> Iterator[Level]:
     window: deque[tuple[int, float]] = deque()
     ordered: list[float] = []  # the window's log values
     scatter: list[float] = []  # |x_i - mean of its neighbours|, ordered: its median, as bends make some large
@@ -94,7 +94,7 @@ def _levels(series: Iterable[tuple[int, float]]) -> Iterator[_Level]:
         # 1.48: median |x| to standard deviation; 1.5: variance of that difference; 1.25: of a median, to that of a mean
         sigma = 1.48 * _middle(scatter) / math.sqrt(1.5) if scatter else math.inf
         share = 1.25 / math.sqrt(len(window)) if len(window) > 2 else 1.0
-        yield _Level(window[len(window) // 2][0], _middle(ordered), sigma, len(scatter), share, step)
+        yield Level(window[len(window) // 2][0], _middle(ordered), sigma, len(scatter), share, step)
 
 
 def _middle(ordered: list[float]) -> float:
@@ -106,23 +106,23 @@ def _middle(ordered: list[float]) -> float:
 
 
 class _Valley(NamedTuple):
-    high: _Level  # before
-    low: _Level  # the bottom
-    now: _Level  # when the rise was confirmed
+    high: Level  # before
+    low: Level  # the bottom
+    now: Level  # when the rise was confirmed
     num_since: int  # records after the bottom
 
 
-def _noise(low: _Level, now: _Level) -> float:
+def _noise(low: Level, now: Level) -> float:
     """Standard deviation of a difference of levels, by what is known now."""
     return now.sigma * math.hypot(low.share, now.share)
 
 
 def _valleys(series: Iterable[tuple[int, float]]) -> Iterator[_Valley]:
     """Falls followed by a rise that lasts; after the first only deeper ones, or a wobbling end would tell of many."""
-    high: _Level | None = None
-    low: _Level | None = None
+    high: Level | None = None
+    low: Level | None = None
     deepest, num_since, num_above = math.inf, 0, 0
-    for now in _levels(series):
+    for now in levels(series):
         if high is None or low is None:
             high = low = now
             continue
