@@ -40,14 +40,14 @@ def _append(stream: Any, line: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; a last line cut short by a kill is left out."""
+    """The records of a JSONL file; a line cut short by a kill is left out."""
     records = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
                 records.append(json.loads(line))
             except ValueError:
-                break
+                continue
     return records
 
 

@@ -1,0 +1,109 @@
+"""report.html: one file that works offline. In: records, events, configuration and the figure. Out: the page's text."""
+
+import math
+from html import escape
+from typing import Any
+
+from jepa_fast.config import Config, flatten
+from jepa_fast.data.embedded import SETS
+from jepa_fast.report.figure import COLOURS
+from jepa_fast.report.verdict import Record, last_of, values, verdict
+
+CLAIMS = """<h2>What is measured beside what is claimed</h2>
+<ul>
+<li><b>A low loss is the alarm</b>, and a loss that rises again is often the recovery. Only a probe tells.</li>
+<li><b>A small discrepancy is neither necessary nor sufficient</b> for useless features. It is small before the first
+step, has a valley near the loss minimum in runs that dip, and can end below that valley with the best features. Its
+shape is reported; its level decides nothing.</li>
+<li><b>The bound γ</b> (theorem 4.2, proposition 4.4) is an upper bound. It cannot show that the discrepancy is small, so
+it is not used.</li>
+<li><b>Corollary 4.3</b> says that a larger decay β reduces the discrepancy. The identity behind it,
+θ<sub>t</sub> − θ̄<sub>t</sub> = βΔ<sub>t</sub> − (1−β) Σ β<sup>t−l</sup> Δ<sub>l</sub>, gives the opposite for weights
+that move steadily: 0 at β = 0 and all of ‖Δ<sub>t</sub>‖ at β = 1. The drift above is measured: compare runs.</li>
+</ul>"""
+
+CSS = f""":root{{{"".join(f"--{name}:{light};" for name, (light, _) in COLOURS.items())}color-scheme:light dark}}
+@media(prefers-color-scheme:dark){{:root{{{"".join(f"--{name}:{dark};" for name, (_, dark) in COLOURS.items())}}}}}
+body{{background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif;max-width:46rem;margin:0 auto;padding:2rem 1rem}}
+h1{{font-size:1.5rem;margin:0}}h2{{font-size:1.1rem;margin:2.5rem 0 .5rem}}.quiet{{color:var(--muted);margin:.2rem 0}}
+.verdict{{font-size:1.1rem;border-left:4px solid var(--orange);padding-left:1rem;margin:1.5rem 0}}details{{margin-top:2.5rem}}
+.wide{{overflow-x:auto}}svg{{width:100%;min-width:30rem;height:auto}}svg text{{font-family:system-ui,sans-serif!important}}
+table{{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}}th{{color:var(--muted)}}
+td,th{{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;border-bottom:1px solid var(--rule);font-weight:400}}"""
+
+NUMBERS = {
+    "loss": "training loss", "probe/target": "probe, target encoder", "probe/context": "probe, context encoder",
+    "discrepancy/visible": "discrepancy, visible tokens", "discrepancy/full": "discrepancy, whole inputs",
+    "discrepancy/relative": "visible / spread", "spread": "instance spread", "skill": "predictor skill",
+    "drift/total": "drift ‖θ − θ̄‖", "rankme": "RankMe, target encoder", "images_per_s": "samples per second",
+}  # fmt: skip
+
+
+def page(name: str, records: list[Record], events: list[Record], svg: str, config: Config | None, trouble: str) -> str:
+    """The report of run `name`. `trouble` says why `config` is None."""
+    told, description = [e for e in events if "evidence" in e], _description(config)
+    for colour, (light, _) in COLOURS.items():  # the page's own colours, so that the figure follows light and dark
+        svg = svg.replace(light, f"var(--{colour})")
+    facts = [
+        (f"{e['step']:,}", e["kind"], f"{e['called_at']:,}", e["confidence"], "; ".join(e["evidence"])) for e in told
+    ]
+    settings = list(flatten(config).items()) if config else []
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{escape(name)}</title><style>{CSS}</style></head><body>
+<h1>{escape(name)}</h1><p class="quiet">{escape(description)}</p><p class="quiet">{_progress(records, config)}</p>
+<p class="verdict">{escape(verdict(records, told, description))}</p>
+<div class="wide">{svg[svg.index("<svg") :]}</div>
+<h2>Events</h2>{_table(("step", "event", "called at", "confidence", "evidence"), facts, "None so far.")}
+<p class="quiet">Each states a fact about one curve, by what was known when it was called. Confidence is the chance that
+it is no accident of noise; it does not say that anything is wrong.</p>
+<h2>Key numbers</h2>{_table(("", "start", "lowest", "at step", "at loss minimum", "end"), _numbers(records, told), "None yet.")}
+{CLAIMS}
+<h2>Skipped steps, bad samples, resumes</h2>{_table(("step", "event", "details"), _incidents(events), "None.")}
+<details><summary>Settings</summary>{_table(("field", "value"), settings, trouble)}</details>
+</body></html>
+"""
+
+
+def _description(config: Config | None) -> str:
+    if config is None:
+        return ""
+    data = config.data
+    made = SETS[data.embedded].description if not data.path and data.embedded in SETS else ""
+    return f"{config.preset}: {made or f'data of {data.path}'}"
+
+
+def _progress(records: list[Record], config: Config | None) -> str:
+    step = int(records[-1]["step"]) if records else 0
+    if config and not config.train.steps:
+        return f"Step {step:,} of {config.train.epochs:g} epochs."
+    steps = config.train.steps if config else 0
+    return f"Step {step:,} of {steps:,}: in progress, or stopped." if step < steps else f"{step:,} steps."
+
+
+def _numbers(records: list[Record], events: list[Record]) -> list[Any]:
+    bottom, rows = last_of("loss minimum", events), []
+    for key, name in NUMBERS.items():
+        if points := values(records, key):
+            step, lowest = min(points, key=lambda point: point[1])
+            there = min(points, key=lambda p: abs(p[0] - bottom["step"]))[1] if bottom else math.nan
+            start, low, middle, end = (f"{value:.3g}" for value in (points[0][1], lowest, there, points[-1][1]))
+            rows.append((name, start, low, f"{step:,}", middle.replace("nan", ""), end))
+    return rows
+
+
+def _incidents(events: list[Record]) -> list[Any]:
+    """Events that are no phase event, the last 50."""
+    rows = []
+    for event in (e for e in events if "evidence" not in e):
+        details = ", ".join(f"{key}: {value}" for key, value in event.items() if key not in ("kind", "step"))
+        rows.append((f"{event['step']:,}", event["kind"].replace("_", " "), details))
+    return rows[-50:]
+
+
+def _table(head: tuple[str, ...], rows: list[Any], empty: str) -> str:
+    if not rows:
+        return f"<p>{escape(empty)}</p>"
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f'<div class="wide"><table><tr>{top}</tr>\n{body}</table></div>'

@@ -1,0 +1,82 @@
+"""A run in a few sentences. In: records and events. Out: text.
+
+The loss and the discrepancy are told; what the features are worth is said by the probe alone.
+"""
+
+import math
+from typing import Any
+
+from jepa_fast.monitor import phase
+
+Record = dict[str, Any]
+
+# (loss minimum, features below untrained, features recovered since): what it means
+MEANING = {
+    (1, 1, 1): "This is the collapse phase and its end: the features got worse while the loss fell, and better while it rose.",
+    (1, 1, 0): "The features are worse than at the start. The loss has risen again, but that alone is no recovery: this is the collapse phase, not yet its end.",
+    (1, 0, 0): "The loss has the shape of the collapse phase, but by the probe the features never fell below the untrained encoder's, so there was none.",
+    (0, 1, 1): "The features dipped and came back without a rise of the loss: half of the pattern.",
+    (0, 1, 0): "The features are worse than at the start while the loss looks well: this is how the collapse phase begins.",
+    (0, 0, 0): "The pattern of the collapse phase does not appear up to here.",
+}  # fmt: skip
+
+
+def verdict(records: list[Record], events: list[Record], description: str) -> str:
+    """A few sentences: what the loss did, what the probe says, what it means, what to do next."""
+    levels = list(phase.levels(phase.series(records, "loss")))
+    if len(levels) < 5:
+        said = [f"Too short to say: {len(levels)} records with a loss. Train longer, or lower --log.every."]
+    else:
+        said = [_on_loss(levels, events), *_on_probe(records, events)]
+    if "synthetic" in description:
+        said.append("The data are synthetic: the run illustrates the phase, it is no evidence for other data.")
+    return " ".join(said)
+
+
+def _on_loss(levels: list[phase.Level], events: list[Record]) -> str:
+    called, last = last_of("loss minimum", events), levels[-1]
+    if called:
+        times = math.exp(last.log - min(levels, key=lambda level: abs(level.step - called["step"])).log)
+        return f"The loss was lowest at step {called['step']:,} of {last.called:,}; at the end it is {times:.1f} times that."
+    times = math.exp(last.log - min(level.log for level in levels))
+    return f"Up to step {last.called:,} the loss shows no minimum followed by a lasting rise; it is {times:.2f} times its lowest."
+
+
+def _on_probe(records: list[Record], events: list[Record]) -> list[str]:
+    kinds = ("loss minimum", "features below untrained", "features recovered")
+    bottomed, below, back = (last_of(kind, events) for kind in kinds)
+    target, untrained, majority = (values(records, f"probe/{name}") for name in ("target", "untrained", "majority"))
+    if not target or not untrained:
+        alarm = ": a loss minimum is the alarm of the collapse phase, no proof of it" if bottomed else ""
+        return [f"There is no probe, so nothing says how good the features are{alarm}.", "Next: give labelled data."]
+    recovered = below is not None and back is not None and back["step"] > below["step"]
+    said = f"A linear probe on the target encoder ends at {target[-1][1]:.3f}; the untrained encoder has {untrained[-1][1]:.3f}"
+    said += f", always naming the most common class {majority[-1][1]:.3f}." if majority else "."
+    if below:
+        said += f" It was below the untrained encoder from step {below['step']:,}"
+        said += (
+            f", and above it again from step {back['step']:,}." if back and recovered else ", and has not come back."
+        )
+    means = MEANING[bool(bottomed), below is not None, recovered]
+    return [said, means, _next(target, untrained[-1][1], bool(below) and not recovered)]
+
+
+def _next(target: list[tuple[int, float]], untrained: float, down: bool) -> str:
+    step, best = max(target, key=lambda point: point[1])
+    if down:
+        return "Next: train on (--resume --train.steps N) and go by the probe, not by the loss; if it stays down, try a larger --ema.decay."
+    if target[-1][1] - untrained < phase.PROBE_MARGIN:
+        return "The features are no better than an untrained encoder's. Next: train longer, and go by the probe, not by the loss."
+    if best - target[-1][1] > phase.PROBE_MARGIN:
+        return f"Next: the probe was best at step {step:,} ({best:.3f}); keep checkpoints (--checkpoint.every, --checkpoint.keep 0) and choose by the probe, not by the loss."
+    return "Next: use the last checkpoint, not the one of the lowest loss; the probe is about as good as it has been."
+
+
+def values(records: list[Record], key: str) -> list[tuple[int, float]]:
+    """(step, value) of the records that have one."""
+    pairs = ((r["step"], phase.number(r.get(key))) for r in records if phase.number(r.get("step")) is not None)
+    return [(int(step), value) for step, value in pairs if value is not None]
+
+
+def last_of(kind: str, events: list[Record]) -> Record | None:
+    return next((e for e in reversed(events) if e["kind"] == kind), None)
