@@ -86,6 +86,11 @@ class Progress:
         else:
             print(line, flush=True)
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the live one."""
+        if not self.quiet:
+            print(f"\r\x1b[K{text}" if self.live else text, flush=True)
+
     def _left(self, step: int) -> str:
         if step == self.start:
             return "left ..."

@@ -251,6 +251,11 @@ def _announce(run: Run) -> None:
                 confidence=event.confidence,
                 evidence=list(event.evidence),
             )
+            run.progress.say(_sentence(run.log.events[-1]))
+
+
+def _sentence(event: dict) -> str:
+    return f"event: {event['kind']}, step {event['step']:,}: {'; '.join(event['evidence'])}"
 
 
 def save(run: Run, step: int) -> None:
@@ -281,5 +286,5 @@ def close(run: Run) -> None:
     print()
     print(report.verdict(run.log.records, events, run.dataset.description))
     for event in events:
-        print(f"  step {event['step']:>6}  {event['kind']}: {' '.join(event['evidence'])}")
+        print(_sentence(event))
     print(f"report: {report.write(run.folder)}", flush=True)

@@ -117,6 +117,13 @@ def _noise(low: Level, now: Level) -> float:
     return now.sigma * math.hypot(low.share, now.share)
 
 
+def _margin(one: Level, other: Level, now: Level) -> float:
+    """What the levels must differ by. Few records make a poor estimate of the scatter, and so a wider margin."""
+    if not now.num_scatter:
+        return math.inf
+    return SIGMAS * (1 + 1 / now.num_scatter) * now.sigma * math.hypot(one.share, other.share)
+
+
 def _valleys(series: Iterable[tuple[int, float]]) -> Iterator[_Valley]:
     """Falls followed by a rise that lasts; after the first only deeper ones, or a wobbling end would tell of many."""
     high: Level | None = None
@@ -126,14 +133,12 @@ def _valleys(series: Iterable[tuple[int, float]]) -> Iterator[_Valley]:
         if high is None or low is None:
             high = low = now
             continue
-        # Few records make a poor estimate of the scatter, and so a wider margin.
-        margin = SIGMAS * (1 + 1 / now.num_scatter) * _noise(low, now) if now.num_scatter else math.inf
         if now.log <= low.log:
             low, num_since, num_above = now, 0, 0
             continue
         num_since += 1
-        num_above = num_above + 1 if now.log - low.log >= max(RISE, margin) else 0
-        fallen = high.log - low.log >= max(FALL, margin)
+        num_above = num_above + 1 if now.log - low.log >= max(RISE, _margin(low, now, now)) else 0
+        fallen = high.log - low.log >= max(FALL, _margin(high, low, now))
         if fallen and num_above >= 2 and num_since >= 3:
             if low.log < deepest:
                 deepest = low.log

@@ -1,0 +1,161 @@
+"""The phase detector: what it calls on curves whose story is known, and that it never looks ahead."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jepa_fast.monitor import phase
+
+STEPS = np.arange(0, 2000, 10)
+
+
+def curve(key, values, steps=STEPS):
+    return [{"step": int(s), key: float(v)} for s, v in zip(steps, values, strict=True)]
+
+
+def kinds(records):
+    return [e.kind for e in phase.detect(records)]
+
+
+def noise(n, size, seed=0):
+    return np.exp(size * np.random.default_rng(seed).normal(size=n))
+
+
+def dip(bottom=500, depth=20.0, rise=8.0):
+    """Falls by `depth` until `bottom`, then rises by `rise`."""
+    falling = np.clip(STEPS / bottom, 0, 1)
+    rising = np.clip((STEPS - bottom) / (STEPS[-1] - bottom), 0, 1)
+    return depth ** -np.sin(falling * np.pi / 2) * rise**rising
+
+
+def probes(gaps, every=100, **more):
+    return [
+        {"step": i * every, "probe/target": 0.6 + gap, "probe/untrained": 0.6, **more} for i, gap in enumerate(gaps)
+    ]
+
+
+# ---- valleys --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scatter", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize("key, kind", [("loss", "loss minimum"), ("discrepancy/visible", "discrepancy valley")])
+def test_a_fall_and_a_lasting_rise_are_one_minimum_near_the_bottom(key, kind, scatter):
+    (event,) = phase.detect(curve(key, dip() * noise(len(STEPS), scatter)))
+    assert event.kind == kind
+    assert 350 <= event.step <= 650 < 2000
+    assert event.step < event.called_at <= 1200
+    assert 0.8 < event.confidence < 1
+    assert str(event.step) in event.evidence[0]
+
+
+def test_an_escape_is_dated_at_the_rise_not_at_the_bottom():
+    (event,) = phase.detect(curve("spread", dip(depth=2, rise=3)))
+    assert event.kind == "variance escape"
+    assert event.step > 550
+
+
+@pytest.mark.parametrize("scatter", [0.0, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("trend", [0.0, -2.0, -6.0, 3.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_trend_is_no_valley_however_noisy(trend, scatter, seed):
+    falling = np.exp(trend * STEPS / STEPS[-1])
+    assert kinds(curve("loss", falling * noise(len(STEPS), scatter, seed))) == []
+
+
+def test_a_plateau_after_a_fall_is_no_valley():
+    assert kinds(curve("loss", np.maximum(np.exp(-STEPS / 100), 0.01) * noise(len(STEPS), 0.1))) == []
+
+
+def test_one_spike_is_no_valley():
+    values = np.exp(-STEPS / 700)
+    values[100:102] *= 50
+    assert kinds(curve("loss", values)) == []
+
+
+def test_the_first_epochs_of_a_known_report_are_called():
+    """The loss by epoch that a user of I-JEPA's code took for a failure (its issue 41)."""
+    losses = [0.028, 0.005, 0.005, 0.006, 0.008, 0.012, 0.015]
+    (event,) = phase.detect(curve("loss", losses, range(len(losses))))
+    assert event.kind == "loss minimum"
+    assert event.step in (1, 2)
+    assert event.confidence < 0.9  # seven points are few
+
+
+def test_after_the_first_minimum_only_a_deeper_one_counts():
+    wave = np.cos(STEPS / 100)
+    shallower = np.exp(1.5 * wave + STEPS / 500)
+    deeper = np.exp(1.5 * wave - STEPS / 500)
+    assert kinds(curve("loss", shallower)) == ["loss minimum"]
+    assert kinds(curve("loss", deeper)).count("loss minimum") > 1
+
+
+def test_a_coarse_and_a_fine_log_tell_the_same():
+    fine = curve("loss", dip() * noise(len(STEPS), 0.02))
+    (a,), (b,) = phase.detect(fine), phase.detect(fine[::10])
+    assert a.kind == b.kind and abs(a.step - b.step) <= 100
+
+
+# ---- probes ---------------------------------------------------------------------------------------
+
+
+def test_features_fall_below_and_come_back():
+    events = phase.detect(probes([0, -0.01, -0.03, -0.05, -0.05, 0.0, 0.03, 0.06, 0.08]))
+    assert [(e.kind, e.step) for e in events] == [("features below untrained", 200), ("features recovered", 600)]
+    assert [e.called_at for e in events] == [300, 700]
+
+
+def test_one_clear_probe_is_enough_and_many_small_gaps_are_not():
+    assert kinds(probes([0, -0.2])) == ["features below untrained"]
+    assert kinds(probes([0] + [-0.019] * 50)) == []
+
+
+def test_good_features_alone_are_no_recovery():
+    assert kinds(probes([0, 0.1, 0.2, 0.3])) == []
+
+
+def test_the_evidence_names_both_baselines():
+    (event,) = phase.detect(probes([0, -0.2], **{"probe/majority": 0.31, "probe/context": 0.52}))
+    assert "0.310" in " ".join(event.evidence) and "untrained 0.600" in " ".join(event.evidence)
+
+
+# ---- any records ----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from([-3.0, -1.0, -0.1, 0.0, 0.1, 1.0, 3.0]), max_size=60), st.integers(0, 60))
+@settings(max_examples=200, deadline=None)
+def test_what_is_called_by_a_step_does_not_depend_on_what_comes_later(moves, cut):
+    """Causality: the events of a prefix are the events of the whole that were called in it."""
+    values = np.exp(np.cumsum(moves)) if moves else []
+    whole = [
+        {"step": 10 * i, "loss": v, "spread": 1 / v, "probe/target": min(v, 1.0), "probe/untrained": 0.5}
+        for i, v in enumerate(values)
+    ]
+    prefix = whole[:cut]
+    known = [e for e in phase.detect(whole) if prefix and e.called_at <= prefix[-1]["step"]]
+    assert phase.detect(prefix) == known
+
+
+RUBBISH = [None, math.nan, math.inf, -1.0, 0, 0.0, True, "0.3", [], 1e308, -1e308, 5e-324]
+
+
+@pytest.mark.parametrize("key", ["loss", "spread", "discrepancy/visible", "probe/target", "probe/untrained"])
+def test_rubbish_and_missing_values_are_passed_over(key):
+    clean = curve("loss", dip())
+    spoilt = [dict(r) for r in clean]
+    for i, value in enumerate(RUBBISH):
+        spoilt.insert(20 + 3 * i, {"step": spoilt[20 + 3 * i - 1]["step"] + 1, key: value})
+    spoilt += [{"loss": 0.5}, {"step": None}, {"step": math.nan, "loss": 1.0}, {"step": "7", "loss": 1.0}, {}]
+    assert kinds(spoilt) == kinds(clean) == ["loss minimum"]
+
+
+def test_no_records_no_events():
+    assert phase.detect([]) == []
+    assert phase.detect(iter([{"step": 0, "loss": 1.0}])) == []
+
+
+def test_a_step_seen_twice_counts_once():
+    clean = curve("loss", dip())
+    assert phase.detect(clean[:50] + clean[30:]) == phase.detect(clean)
