@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from jepa_fast import checkpoint, run, train
 from jepa_fast.log import read
 
+ROOT = Path(__file__).parent.parent
 SHORT = ["--train.steps", "12", "--log.every", "2", "--monitor.every", "6", "--monitor.probe_train", "60",
          "--monitor.probe_test", "60", "--checkpoint.every", "4", "--data.workers", "1"]  # fmt: skip
 
@@ -85,6 +87,22 @@ def test_a_run_leaves_metrics_checkpoints_and_a_report(capsys):
         assert Path("runs/demo-1", name).exists(), name
     assert list(Path("runs/demo-1").glob("*.png")) and list(Path("runs/demo-1").glob("*.svg"))
     assert "synthetic" in out and "runs/demo-1/report.html" in out and "left" in out and "samples/s" in out
+
+
+def test_every_key_a_run_writes_is_defined_and_every_defined_key_is_written():
+    go()
+    written = set().union(*read(Path("runs/demo-1/metrics.jsonl")))
+    section = (ROOT / "docs" / "metrics.md").read_text().split("## events.jsonl")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    defined = [
+        re.escape(key).replace(r"\*", "[^/]+").replace("<layer>", "[^/]+")
+        for row in rows
+        for key in re.findall("`(.+?)`", row)
+    ]
+    for key in written:
+        assert any(re.fullmatch(pattern, key) for pattern in defined), f"{key} is not in docs/metrics.md"
+    for pattern in defined:
+        assert any(re.fullmatch(pattern, key) for key in written), f"{pattern} is never written"
 
 
 def test_before_the_first_step_the_encoders_agree_and_the_probe_is_the_baseline():
