@@ -255,7 +255,7 @@ def _announce(run: Run) -> None:
 
 
 def _sentence(event: dict) -> str:
-    return f"event: {event['kind']}, step {event['step']:,}: {'; '.join(event['evidence'])}"
+    return f"event: {event['kind'].replace('_', ' ')}, step {event['step']:,}: {'; '.join(event['evidence'])}"
 
 
 def save(run: Run, step: int) -> None:

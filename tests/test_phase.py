@@ -41,7 +41,7 @@ def probes(gaps, every=100, **more):
 
 
 @pytest.mark.parametrize("scatter", [0.0, 0.02, 0.1])
-@pytest.mark.parametrize("key, kind", [("loss", "loss minimum"), ("discrepancy/visible", "discrepancy valley")])
+@pytest.mark.parametrize("key, kind", [("loss", "loss_minimum"), ("discrepancy/visible", "discrepancy_valley")])
 def test_a_fall_and_a_lasting_rise_are_one_minimum_near_the_bottom(key, kind, scatter):
     (event,) = phase.detect(curve(key, dip() * noise(len(STEPS), scatter)))
     assert event.kind == kind
@@ -53,7 +53,7 @@ def test_a_fall_and_a_lasting_rise_are_one_minimum_near_the_bottom(key, kind, sc
 
 def test_an_escape_is_dated_at_the_rise_not_at_the_bottom():
     (event,) = phase.detect(curve("spread", dip(depth=2, rise=3)))
-    assert event.kind == "variance escape"
+    assert event.kind == "variance_escape"
     assert event.step > 550
 
 
@@ -79,7 +79,7 @@ def test_the_first_epochs_of_a_known_report_are_called():
     """The loss by epoch that a user of I-JEPA's code took for a failure (its issue 41)."""
     losses = [0.028, 0.005, 0.005, 0.006, 0.008, 0.012, 0.015]
     (event,) = phase.detect(curve("loss", losses, range(len(losses))))
-    assert event.kind == "loss minimum"
+    assert event.kind == "loss_minimum"
     assert event.step in (1, 2)
     assert event.confidence < 0.9  # seven points are few
 
@@ -88,8 +88,8 @@ def test_after_the_first_minimum_only_a_deeper_one_counts():
     wave = np.cos(STEPS / 100)
     shallower = np.exp(1.5 * wave + STEPS / 500)
     deeper = np.exp(1.5 * wave - STEPS / 500)
-    assert kinds(curve("loss", shallower)) == ["loss minimum"]
-    assert kinds(curve("loss", deeper)).count("loss minimum") > 1
+    assert kinds(curve("loss", shallower)) == ["loss_minimum"]
+    assert kinds(curve("loss", deeper)).count("loss_minimum") > 1
 
 
 def test_a_coarse_and_a_fine_log_tell_the_same():
@@ -103,12 +103,12 @@ def test_a_coarse_and_a_fine_log_tell_the_same():
 
 def test_features_fall_below_and_come_back():
     events = phase.detect(probes([0, -0.01, -0.03, -0.05, -0.05, 0.0, 0.03, 0.06, 0.08]))
-    assert [(e.kind, e.step) for e in events] == [("features below untrained", 200), ("features recovered", 600)]
+    assert [(e.kind, e.step) for e in events] == [("features_below_untrained", 200), ("features_recovered", 600)]
     assert [e.called_at for e in events] == [300, 700]
 
 
 def test_one_clear_probe_is_enough_and_many_small_gaps_are_not():
-    assert kinds(probes([0, -0.2])) == ["features below untrained"]
+    assert kinds(probes([0, -0.2])) == ["features_below_untrained"]
     assert kinds(probes([0] + [-0.019] * 50)) == []
 
 
@@ -148,7 +148,7 @@ def test_rubbish_and_missing_values_are_passed_over(key):
     for i, value in enumerate(RUBBISH):
         spoilt.insert(20 + 3 * i, {"step": spoilt[20 + 3 * i - 1]["step"] + 1, key: value})
     spoilt += [{"loss": 0.5}, {"step": None}, {"step": math.nan, "loss": 1.0}, {"step": "7", "loss": 1.0}, {}]
-    assert kinds(spoilt) == kinds(clean) == ["loss minimum"]
+    assert kinds(spoilt) == kinds(clean) == ["loss_minimum"]
 
 
 def test_no_records_no_events():

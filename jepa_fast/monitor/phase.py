@@ -40,7 +40,7 @@ class Event:
 def detect(records: Iterable[dict[str, Any]]) -> list[Event]:
     """All events of a run so far, in the order they were called. Records need `step`; every other key may be missing."""
     records = list(records)
-    valleys = {"loss minimum": "loss", "discrepancy valley": "discrepancy/visible", "variance escape": "spread"}
+    valleys = {"loss_minimum": "loss", "discrepancy_valley": "discrepancy/visible", "variance_escape": "spread"}
     events = [_event(kind, key, v) for kind, key in valleys.items() for v in _valleys(series(records, key))]
     events += _features(records)
     return sorted(events, key=lambda e: (e.called_at, e.step, e.kind))
@@ -161,7 +161,7 @@ def _event(kind: str, key: str, v: _Valley) -> Event:
         f"noise of that ratio {math.expm1(noise):.1%}, {v.num_since} records since the minimum",
     )
     confidence = _confidence(min(v.high.log, v.now.log) - v.low.log, noise, v.num_since)
-    step = v.now.step if kind == "variance escape" else v.low.step
+    step = v.now.step if kind == "variance_escape" else v.low.step
     return Event(kind, step, v.now.called, confidence, evidence)
 
 
@@ -185,7 +185,7 @@ def _features(records: list[dict[str, Any]]) -> Iterator[Event]:
             continue
         begun, total, num = (int(step) if num == 0 else begun), total + gap, num + 1
         if total >= 2 * PROBE_MARGIN:
-            kind = "features recovered" if below else "features below untrained"
+            kind = "features_recovered" if below else "features_below_untrained"
             confidence = _confidence(total / num, PROBE_MARGIN / 2, num)
             yield Event(kind, begun, int(step), confidence, _probe_evidence(record, target, untrained, num))
             below, total, num = not below, 0.0, 0

@@ -34,7 +34,7 @@ PANELS = (
     ("Drift ‖θ − θ̄‖ of the weights", 0.8, "linear", (("drift/total", "drift", "ink", "-"),)),
 )  # fmt: skip
 # The curve an event is drawn on. Probe events bound the shaded steps.
-MARKED = {"loss minimum": "loss", "discrepancy valley": "discrepancy/visible", "variance escape": "spread"}
+MARKED = {"loss_minimum": "loss", "discrepancy_valley": "discrepancy/visible", "variance_escape": "spread"}
 SMALL = {"fontsize": 8, "color": LIGHT["muted"]}
 
 
@@ -112,13 +112,13 @@ def _mark(ax: Axes, points: list[tuple[int, float]], event: Record) -> None:
     side = "left" if across < 0.2 else "right" if across > 0.8 else "center"
     ax.vlines(step, ax.get_ylim()[0], value, color=LIGHT["ink"], linewidth=0.7)
     ax.plot([step], [value], "o", color=LIGHT["ink"], markersize=4)
-    ax.text(step, 0.03, f" {event['kind']}, step {event['step']:,} ", transform=ax.get_xaxis_transform(), ha=side,
+    ax.text(step, 0.03, f" {event['kind'].replace('_', ' ')}, step {event['step']:,} ", transform=ax.get_xaxis_transform(), ha=side,
             va="bottom", fontsize=8, color=LIGHT["ink"])  # fmt: skip
 
 
 def _below(records: list[Record], events: list[Record]) -> list[tuple[int, int]]:
     """Steps during which the target probe stood below the untrained encoder's, as the events have it."""
-    turns = [e["step"] for e in events if e["kind"] in ("features below untrained", "features recovered")]
+    turns = [e["step"] for e in events if e["kind"] in ("features_below_untrained", "features_recovered")]
     return list(zip(turns[::2], [*turns[1::2], records[-1]["step"]], strict=False))
 
 

@@ -45,7 +45,14 @@ def page(name: str, records: list[Record], events: list[Record], svg: str, confi
     for colour, (light, _) in COLOURS.items():  # the page's own colours, so that the figure follows light and dark
         svg = svg.replace(light, f"var(--{colour})")
     facts = [
-        (f"{e['step']:,}", e["kind"], f"{e['called_at']:,}", e["confidence"], "; ".join(e["evidence"])) for e in told
+        (
+            f"{e['step']:,}",
+            e["kind"].replace("_", " "),
+            f"{e['called_at']:,}",
+            e["confidence"],
+            "; ".join(e["evidence"]),
+        )
+        for e in told
     ]
     settings = list(flatten(config).items()) if config else []
     return f"""<!doctype html>
@@ -82,7 +89,7 @@ def _progress(records: list[Record], config: Config | None) -> str:
 
 
 def _numbers(records: list[Record], events: list[Record]) -> list[Any]:
-    bottom, rows = last_of("loss minimum", events), []
+    bottom, rows = last_of("loss_minimum", events), []
     for key, name in NUMBERS.items():
         if points := values(records, key):
             step, lowest = min(points, key=lambda point: point[1])

@@ -34,7 +34,7 @@ def verdict(records: list[Record], events: list[Record], description: str) -> st
 
 
 def _on_loss(levels: list[phase.Level], events: list[Record]) -> str:
-    called, last = last_of("loss minimum", events), levels[-1]
+    called, last = last_of("loss_minimum", events), levels[-1]
     if called:
         times = math.exp(last.log - min(levels, key=lambda level: abs(level.step - called["step"])).log)
         return f"The loss was lowest at step {called['step']:,} of {last.called:,}; at the end it is {times:.1f} times that."
@@ -43,7 +43,7 @@ def _on_loss(levels: list[phase.Level], events: list[Record]) -> str:
 
 
 def _on_probe(records: list[Record], events: list[Record]) -> list[str]:
-    kinds = ("loss minimum", "features below untrained", "features recovered")
+    kinds = ("loss_minimum", "features_below_untrained", "features_recovered")
     bottomed, below, back = (last_of(kind, events) for kind in kinds)
     target, untrained, majority = (values(records, f"probe/{name}") for name in ("target", "untrained", "majority"))
     if not target or not untrained:
