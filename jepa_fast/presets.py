@@ -135,8 +135,9 @@ def textures() -> Config:
 def digits() -> Config:
     """I-JEPA on scikit-learn's 1,797 scanned digits, upscaled to 32 pixels (64 tokens): real images, nothing to download.
 
-    Source: recipe and sizes are ours. An untrained encoder already probes well on digits, so expect
-    little of a dip in the probes. Command: python -m jepa_fast.train digits
+    Source: the recipe of `textures`; sizes are ours. An untrained encoder already probes well on digits, so expect a dip
+    of the context encoder's probe only, and a small gain. At decay .996 it collapsed and had not recovered by step 1,500.
+    Cost: 5 to 8 minutes on two CPU cores. Command: python -m jepa_fast.train digits
     """
     return Config(
         preset="digits",
@@ -144,8 +145,8 @@ def digits() -> Config:
             kind="images", embedded="digits", image_size=32, channels=1, random_crop=False, mean=(0.31,), std=(0.32,)
         ),
         masks=Masks(mode="packed", min_keep=4, group=64),
-        model=Model(width=128, depth=4, heads=4, patch=4, predictor_width=64, predictor_depth=2),
-        ema=EMA(decay=0.996, final_decay=0.996, schedule="constant"),
+        model=Model(width=128, depth=2, heads=4, patch=4, predictor_width=64, predictor_depth=2),
+        ema=EMA(decay=0.999, final_decay=0.999, schedule="constant"),
         optim=_constant_adamw(lr=5e-4, weight_decay=0.04),
         train=Train(steps=1500, batch_size=64),
         monitor=Monitor(every=100, probe_train=1000, probe_test=360),

@@ -14,7 +14,7 @@ Record = dict[str, Any]
 MEANING = {
     (1, 1, 1): "This is the collapse phase and its end: the features got worse while the loss fell, and better while it rose.",
     (1, 1, 0): "The features are worse than at the start. The loss has risen again, but that alone is no recovery: this is the collapse phase, not yet its end.",
-    (1, 0, 0): "The loss has the shape of the collapse phase, but by the probe the features never fell below the untrained encoder's, so there was none.",
+    (1, 0, 0): "The loss has the shape of the collapse phase, but the target encoder's features never fell below the untrained encoder's: by the probe there was none.",
     (0, 1, 1): "The features dipped and came back without a rise of the loss: half of the pattern.",
     (0, 1, 0): "The features are worse than at the start while the loss looks well: this is how the collapse phase begins.",
     (0, 0, 0): "The pattern of the collapse phase does not appear up to here.",
