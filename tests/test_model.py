@@ -224,7 +224,9 @@ def test_initial_weights_are_truncated_normal_without_depth_rescale():
         assert abs(float(block.attn.proj.weight.detach().std()) - 0.02) < 1e-3
         assert float(block.attn.proj.bias.detach().abs().max()) == 0
     scaled = JEPA(replace(preset("digits"), {"model.depth": 6, "model.depth_scaled_init": True}))
-    assert float(scaled.context_encoder.blocks[5].mlp.fc2.weight.std()) == pytest.approx(0.02 / math.sqrt(12), rel=0.05)
+    assert float(scaled.context_encoder.blocks[5].mlp.fc2.weight.detach().std()) == pytest.approx(
+        0.02 / math.sqrt(12), rel=0.05
+    )
 
 
 def test_losses_are_what_their_names_say():
