@@ -3,6 +3,7 @@
 Joins the process group, shares out CPU threads, wraps the model, and averages what is logged.
 """
 
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,10 @@ def distribute(model: nn.Module, world: World) -> nn.Module:
     if not dist.is_initialized():
         return model
     devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # The position tables are the same everywhere. torch 2.13 renamed the argument.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    never: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **never)
 
 
 def precision(config: Config, world: World) -> torch.autocast:

@@ -141,7 +141,9 @@ def extension() -> ModuleType | None:
     try:
         module = importlib.import_module("jepa_fast_C")
     except ImportError as error:
-        _warn(f"the C++ mask sampler cannot be used ({error}); the Python one serves, slower")
+        _warn(
+            f"the C++ mask sampler cannot be used ({error}); the Python one serves, slower; for speed install a C++ compiler, then this package again"
+        )
         return None
     if getattr(module, "ABI", None) != EXTENSION_ABI:
         found = f"jepa_fast_C is version {getattr(module, 'ABI', None)} and this package needs {EXTENSION_ABI}"

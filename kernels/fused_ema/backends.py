@@ -68,7 +68,9 @@ def extension() -> ModuleType | None:
         module = importlib.import_module("fused_ema_C")  # after torch, whose OpenMP runtime it then shares
     except ImportError as error:
         warnings.warn(
-            f"fused_ema: the C++ kernel cannot be used ({error}); plain torch serves CPU tensors, slower", stacklevel=4
+            f"fused_ema: the C++ kernel cannot be used ({error}); plain torch serves CPU tensors, slower; "
+            "for speed install a C++ compiler, then the package again",
+            stacklevel=4,
         )
         return None
     if getattr(module, "ABI", None) != EXTENSION_ABI:
