@@ -118,6 +118,20 @@ def test_closed_gate_leaves_targets_and_copies_bit_identical_but_measures(backen
     assert stats.nonfinite.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("gate", [None, True, False])
+@pytest.mark.parametrize("target_dtype", FLOATS)
+def test_without_stats_the_same_bits_are_written_and_nothing_is_claimed(backend, target_dtype, gate):
+    a, sources = make(LENGTHS, target_dtype)
+    b, before = [t.clone() for t in a], [t.clone() for t in a]
+    ca, cb = ([torch.zeros(t.shape, dtype=torch.bfloat16) for t in a] for _ in range(2))
+    gate = None if gate is None else torch.tensor(gate)
+    ema_update_(a, sources, 0.9, gate=gate, backend=backend, copies=ca)
+    stats = ema_update_(b, sources, 0.9, gate=gate, backend=backend, copies=cb, stats=False)
+    assert all(torch.equal(x, y) for x, y in zip((*a, *ca), (*b, *cb), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(b, before, strict=True)) == (gate is not None and not gate)
+    assert all(s.shape == (len(LENGTHS),) and s.isnan().all() for s in stats)
+
+
 def test_open_gate_is_no_gate(backend):
     a, sources = make([17, 20000])
     b = [t.clone() for t in a]
@@ -233,7 +247,7 @@ def test_any_list_agrees_with_float64(lengths, decay, scale, seed, dtypes):
 def test_the_operator_passes_opcheck_and_compiles_without_a_break(backend):
     targets, sources = make([5, 40])
     weight = torch.tensor(0.1, dtype=torch.float64)
-    args = (targets, sources, [], weight, torch.tensor(True), [0, 1], 2, backend)
+    args = (targets, sources, [], weight, torch.tensor(True), [0, 1], 2, backend, True)
     torch.library.opcheck(torch.ops.fused_ema.update_.default, args)
     parameters = [torch.nn.Parameter(s.clone()) for s in sources]
     eager = [t.clone() for t in targets]

@@ -21,7 +21,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 constexpr int64_t kChunk = 16384;  // elements a thread takes at a time
 constexpr int64_t kBlock = 1024;  // elements summed in float32 lanes before double takes over: 1e-7 on any vector width
 
@@ -91,6 +91,17 @@ INLINE void pass(const void* source_, void* target_, int64_t n, Step step, Parti
     *out = sum;
 }
 
+template <class S, class T>
+INLINE void move(const void* source_, void* target_, int64_t n, Step step) {
+    const auto* source = static_cast<const typename S::Stored*>(source_);
+    auto* target = static_cast<typename T::Stored*>(target_);
+    for (int64_t i = 0; i < n; ++i) {
+        const float theta = S::load(source[i]), average = T::load(target[i]);
+        const float base = step.from_target ? average : theta;
+        target[i] = T::store(base + step.factor * (theta - average));
+    }
+}
+
 template <class T, class C>
 INLINE void convert(const void* from_, void* to_, int64_t n) {
     const auto* from = static_cast<const typename T::Stored*>(from_);
@@ -99,13 +110,14 @@ INLINE void convert(const void* from_, void* to_, int64_t n) {
 }
 
 // target_clones takes no templates: each combination gets a plain function.
-#define PASS(S, T)                                                                               \
-    MULTIVERSION void write_##S##_##T(const void* s, void* t, int64_t n, Step w, Partial* p) {   \
-        pass<S, T, true>(s, t, n, w, p);                                                         \
-    }                                                                                            \
-    MULTIVERSION void measure_##S##_##T(const void* s, void* t, int64_t n, Step w, Partial* p) { \
-        pass<S, T, false>(s, t, n, w, p);                                                        \
-    }                                                                                            \
+#define PASS(S, T)                                                                                                    \
+    MULTIVERSION void write_##S##_##T(const void* s, void* t, int64_t n, Step w, Partial* p) {                        \
+        pass<S, T, true>(s, t, n, w, p);                                                                              \
+    }                                                                                                                 \
+    MULTIVERSION void measure_##S##_##T(const void* s, void* t, int64_t n, Step w, Partial* p) {                      \
+        pass<S, T, false>(s, t, n, w, p);                                                                             \
+    }                                                                                                                 \
+    MULTIVERSION void move_##S##_##T(const void* s, void* t, int64_t n, Step w, Partial*) { move<S, T>(s, t, n, w); } \
     MULTIVERSION void convert_##S##_##T(const void* from, void* to, int64_t n) { convert<S, T>(from, to, n); }
 PASS(Float32, Float32)
 PASS(Float32, BFloat16)
@@ -129,6 +141,7 @@ using Pass = void (*)(const void*, void*, int64_t, Step, Partial*);
 using Convert = void (*)(const void*, void*, int64_t);
 const Pass kWrite[3][3] = TABLE(write);
 const Pass kMeasure[3][3] = TABLE(measure);
+const Pass kMove[3][3] = TABLE(move);
 const Convert kConvert[3][3] = TABLE(convert);
 constexpr int64_t kWidth[3] = {4, 2, 2};
 
@@ -159,10 +172,12 @@ class Plan {
         }
     }
 
-    // stats: address of double [3, layers], overwritten.
+    // stats: address of double [3, layers], overwritten; 0: nothing is measured.
     void run(double weight, bool gate, uintptr_t stats_address, int threads) const {
         py::gil_scoped_release release;
         const Step step(weight);
+        const bool measure = stats_address != 0;
+        if (!gate && !measure) return;
         const auto n = static_cast<int64_t>(chunks_.size());
         std::vector<Partial> partials(chunks_.size());
         // A parallel region of one thread would still start the pool, which a later fork hangs on.
@@ -170,10 +185,11 @@ class Plan {
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(static) num_threads(threads)
 #endif
-            for (int64_t c = 0; c < n; ++c) run_chunk(chunks_[c], step, gate, &partials[c]);
+            for (int64_t c = 0; c < n; ++c) run_chunk(chunks_[c], step, gate, measure, &partials[c]);
         } else {
-            for (int64_t c = 0; c < n; ++c) run_chunk(chunks_[c], step, gate, &partials[c]);
+            for (int64_t c = 0; c < n; ++c) run_chunk(chunks_[c], step, gate, measure, &partials[c]);
         }
+        if (!measure) return;
         auto* stats = reinterpret_cast<double*>(stats_address);
         std::fill(stats, stats + 3 * layers_, 0.0);
         for (int64_t c = 0; c < n; ++c) {
@@ -185,8 +201,10 @@ class Plan {
     }
 
  private:
-    static void run_chunk(const Chunk& c, Step step, bool gate, Partial* out) {
-        (gate ? kWrite : kMeasure)[c.source_type][c.target_type](c.source, c.target, c.count, step, out);
+    static void run_chunk(const Chunk& c, Step step, bool gate, bool measure, Partial* out) {
+        (!measure ? kMove
+         : gate   ? kWrite
+                  : kMeasure)[c.source_type][c.target_type](c.source, c.target, c.count, step, out);
         // The chunk of theta_bar is still in cache: the copy costs its own bytes only.
         if (c.copy && gate) kConvert[c.target_type][c.copy_type](c.target, c.copy, c.count);
     }

@@ -15,7 +15,7 @@ from fused_ema.check import FLOATS
 from fused_ema.plan import Plan
 from fused_ema.reference import ema_update_reference
 
-EXTENSION_ABI = 2  # of fused_ema_C; raised together with the C++ side
+EXTENSION_ABI = 3  # of fused_ema_C; raised together with the C++ side
 BACKENDS = ("auto", "triton", "cpp", "torch")
 
 
@@ -97,8 +97,8 @@ class _TorchPlan:
     def __init__(self, layers: list[int], num_layers: int):
         self._layers, self._num_layers = layers, num_layers
 
-    def run(self, targets, sources, copies, weight, gate) -> Tensor:
-        return ema_update_reference(targets, sources, weight, self._layers, self._num_layers, gate, copies)
+    def run(self, targets, sources, copies, weight, gate, measure) -> Tensor:
+        return ema_update_reference(targets, sources, weight, self._layers, self._num_layers, gate, copies, measure)
 
 
 class _CppPlan:
@@ -113,9 +113,10 @@ class _CppPlan:
         ]
         self._plan, self._num_layers = module.Plan(rows, num_layers), num_layers
 
-    def run(self, targets, sources, copies, weight, gate) -> Tensor:
+    def run(self, targets, sources, copies, weight, gate, measure) -> Tensor:
         stats = torch.empty(3, self._num_layers, dtype=torch.float64)
-        self._plan.run(weight.item(), gate is None or bool(gate), stats.data_ptr(), torch.get_num_threads())
+        address = stats.data_ptr() if measure else 0
+        self._plan.run(weight.item(), gate is None or bool(gate), address, torch.get_num_threads())
         return stats
 
 
@@ -125,10 +126,10 @@ class _DensePlan:
     def __init__(self, backend: str, layers: list[int], num_layers: int):
         self._backend, self._layers, self._num_layers = backend, layers, num_layers
 
-    def run(self, targets, sources, copies, weight, gate) -> Tensor:
+    def run(self, targets, sources, copies, weight, gate, measure) -> Tensor:
         dense_targets, dense_sources, dense_copies = [[t.contiguous() for t in ts] for ts in (targets, sources, copies)]
         plan = make_plan(self._backend, dense_targets, dense_sources, dense_copies, self._layers, self._num_layers)
-        stats = plan.run(dense_targets, dense_sources, dense_copies, weight, gate)
+        stats = plan.run(dense_targets, dense_sources, dense_copies, weight, gate, measure)
         for original, dense in zip((*targets, *copies), (*dense_targets, *dense_copies), strict=True):
             if original is not dense:
                 original.copy_(dense)

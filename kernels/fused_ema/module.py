@@ -66,18 +66,22 @@ class FusedEMA:
         self._spectral = SpectralDrift()
 
     @torch.no_grad()
-    def update(self, decay: float | Tensor | None = None, gate: Tensor | None = None) -> LayerStats:
+    def update(
+        self, decay: float | Tensor | None = None, gate: Tensor | None = None, stats: bool = True
+    ) -> LayerStats | None:
         """One update, after the optimizer's step. Returns (and keeps as `stats`) squared distances in the order of `names`.
 
         gate: 0-dim bool tensor on the device; where it is False the averaged module stays bit-identical.
+        stats: False measures nothing and returns None.
         No host synchronisation, except where the average is kept in host memory.
         """
         if decay is None:
             decay = self.decay(self.num_updates) if callable(self.decay) else self.decay
         reshard(self._fsdp)
-        self.stats = self._pass(self._pairs, decay, gate, [local(p.target.tensor) for p in self._mirror])
+        measured = self._pass(self._pairs, decay, gate, [local(p.target.tensor) for p in self._mirror], stats)
+        self.stats = measured if stats else None
         if self._averaged:
-            self._pass(self._averaged, decay, gate, [])
+            self._pass(self._averaged, decay, gate, [], stats=False)
         for _, source, target in self._copied:
             mine, theirs = local(source.tensor), local(target.tensor)
             new = mine.to(device=theirs.device, dtype=theirs.dtype)
@@ -85,13 +89,15 @@ class FusedEMA:
         self.num_updates += 1
         return self.stats
 
-    def _pass(self, pairs: list[Pair], decay: float | Tensor, gate: Tensor | None, copies: list[Tensor]) -> LayerStats:
+    def _pass(
+        self, pairs: list[Pair], decay: float | Tensor, gate: Tensor | None, copies: list[Tensor], stats: bool = True
+    ) -> LayerStats:
         targets = [local(p.target.tensor) for p in pairs]
         sources = self._staging.on_device_of(targets, [local(p.source.tensor) for p in pairs])
         device = targets[0].device if targets else torch.device("cpu")
         gate = gate if gate is None else gate.to(device)
         decay = decay.to(device) if isinstance(decay, Tensor) else decay
-        return ema_update_(targets, sources, decay, gate=gate, backend=self.backend, copies=copies)
+        return ema_update_(targets, sources, decay, gate=gate, backend=self.backend, copies=copies, stats=stats)
 
     def measure(self) -> LayerStats:
         """The squared distances as the modules are now, without an update; does not change `stats`."""

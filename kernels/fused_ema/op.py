@@ -38,6 +38,7 @@ def ema_update_(
     gate: Tensor | None = None,
     backend: str = "auto",
     copies: Sequence[Tensor] | None = None,
+    stats: bool = True,
 ) -> LayerStats:
     """Move `targets` towards `sources` in place, in float32 arithmetic, and measure the squared distance left.
 
@@ -48,6 +49,7 @@ def ema_update_(
     gate: 0-dim bool tensor on the device; False leaves every target bit-identical (distances are still measured).
     backend: "auto", "triton", "cpp" or "torch"; `available_backends()` says what there is.
     copies: one tensor for each target, any float dtype, that receives the stored average in the same pass.
+    stats: False measures nothing: the result is NaN. Where memory is the limit that saves no time.
     Raises ValueError or TypeError, naming the tensor, before anything is written. No host synchronisation.
     """
     targets, sources = [local(t) for t in targets], [local(s) for s in sources]
@@ -71,8 +73,8 @@ def ema_update_(
             raise ValueError(f"gate is on {gate.device}, the targets on {device}")
     num_layers = max(numbers_) + 1 if numbers_ else 0
     with torch.no_grad():
-        stats = torch.ops.fused_ema.update_(targets, sources, copied, weight, gate, numbers_, num_layers, backend)
-    return LayerStats(*stats.unbind(0))
+        sums = torch.ops.fused_ema.update_(targets, sources, copied, weight, gate, numbers_, num_layers, backend, stats)
+    return LayerStats(*sums.unbind(0))
 
 
 @torch.library.custom_op("fused_ema::update_", mutates_args=("targets", "copies"))
@@ -85,6 +87,7 @@ def _update(
     layers: list[int],
     num_layers: int,
     backend: str,
+    measure: bool,
 ) -> Tensor:
     """Returns float64 [3, num_layers]. Addresses are known only here, so this is where pairs are checked and planned."""
 
@@ -94,11 +97,13 @@ def _update(
         check_pairs(targets, sources, copies)
         return make_plan(chosen, targets, sources, copies, layers, num_layers)
 
-    return _plans.get(chosen, targets, sources, copies, layers, build).run(targets, sources, copies, weight, gate)
+    plan = _plans.get(chosen, targets, sources, copies, layers, build)
+    sums = plan.run(targets, sources, copies, weight, gate, measure)
+    return sums if measure else weight.new_full((3, num_layers), math.nan)
 
 
 @_update.register_fake
-def _(targets, sources, copies, weight, gate, layers, num_layers, backend) -> Tensor:
+def _(targets, sources, copies, weight, gate, layers, num_layers, backend, measure) -> Tensor:
     return weight.new_empty(3, num_layers, dtype=torch.float64)
 
 

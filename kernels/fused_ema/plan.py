@@ -17,8 +17,9 @@ class Plan(Protocol):
         copies: Sequence[Tensor],
         weight: Tensor,
         gate: Tensor | None,
+        measure: bool,
     ) -> Tensor:
-        """Update in place; returns float64 [3, num_layers] on the targets' device."""
+        """Update in place; returns float64 [3, num_layers] on the targets' device, of any content unless `measure`."""
         ...
 
 

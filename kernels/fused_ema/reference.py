@@ -18,11 +18,13 @@ def ema_update_reference(
     num_layers: int,
     gate: Tensor | None = None,
     copies: Sequence[Tensor] = (),
+    measure: bool = True,
 ) -> Tensor:
     """theta_bar += weight * (theta - theta_bar) in place, in float32; returns sums of squares, float64 [3, num_layers].
 
     weight: 0-dim float64, 1 - decay. layers: layer of each tensor. gate: 0-dim bool; False leaves targets and copies
     bit-identical, by selection. copies: receive the stored average, rounded to their dtype (none, or one per target).
+    measure: False leaves the sums 0.
     Rows: ||theta - theta_bar||^2 of the stored values, ||theta||^2, number of non-finite values of theta.
     """
     stats = torch.zeros(3, num_layers, dtype=torch.float64, device=weight.device)
@@ -36,6 +38,8 @@ def ema_update_reference(
         target.copy_(after)
         if copies:
             copies[i].copy_(target if gate is None else torch.where(gate, target.to(copies[i].dtype), copies[i]))
+        if not measure:
+            continue
         stats[0, layer] += (theta - target.float()).double().square().sum()
         stats[1, layer] += theta.double().square().sum()
         stats[2, layer] += (~torch.isfinite(theta)).sum()

@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -19,8 +20,9 @@ from triton.compiler import ASTSource
 
 from fused_ema import triton_kernel as kernel
 
-VARIANTS = {  # name: (theta, theta_bar, bf16 copy, gate)
+VARIANTS: dict[str, tuple[Any, ...]] = {  # name: (theta, theta_bar, bf16 copy, gate, distances)
     "fp32": (torch.float32, torch.float32, False, False),
+    "fp32-update-only": (torch.float32, torch.float32, False, False, False),
     "fp32+gate": (torch.float32, torch.float32, False, True),
     "fp32+gate+copy": (torch.float32, torch.float32, True, True),
     "bf16": (torch.bfloat16, torch.float32, False, True),
@@ -30,8 +32,9 @@ VARIANTS = {  # name: (theta, theta_bar, bf16 copy, gate)
 
 
 def compile_update(
-    arch: int, source: torch.dtype, target: torch.dtype, copied: bool, gated: bool, aligned: bool = True
-):
+    arch: int, source: torch.dtype, target: torch.dtype, copied: bool, gated: bool, measure: bool = True,
+    aligned: bool = True,
+):  # fmt: skip
     """The main kernel as compiled for sm_<arch>; `.asm` holds ptx and cubin."""
     constants = {
         "SOURCE": kernel.DTYPES[source],
@@ -39,6 +42,7 @@ def compile_update(
         "COPY": tl.bfloat16 if copied else kernel.DTYPES[target],
         "HAS_COPY": copied,
         "HAS_GATE": gated,
+        "MEASURE": measure,
         "ALIGNED": aligned,
         "CHUNK": kernel.CHUNK,
         "BLOCK": kernel.block_size(source, copied),

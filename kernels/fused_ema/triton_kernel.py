@@ -66,9 +66,12 @@ def _is_nonfinite(x):
 def update_kernel(
     table, partials, weight_ptr, gate_ptr, first, num_chunks, total,
     SOURCE: tl.constexpr, TARGET: tl.constexpr, COPY: tl.constexpr, HAS_COPY: tl.constexpr, HAS_GATE: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    MEASURE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """table: int64 [total, 4], rows first .. first + num_chunks are this launch's; partials: float32 [3, total]."""
+    """table: int64 [total, 4], rows first .. first + num_chunks are this launch's; partials: float32 [3, total].
+
+    Without MEASURE the sums are dead code to the compiler, and partials is not touched.
+    """
     weight = tl.load(weight_ptr)
     from_target = weight < 0.5  # the nearer end is the base: weights 0 and 1 are exact, equal operands never move
     factor = tl.where(from_target, weight, weight - 1.0).to(tl.float32)
@@ -104,19 +107,20 @@ def update_kernel(
                 distance += d
                 norm += q
                 start += BLOCK
-        slot = partials + first + chunk
-        norm_sum = tl.sum(norm)
-        tl.store(slot, tl.sum(distance))
-        tl.store(slot + total, norm_sum)
-        num_bad = tl.zeros([], tl.int32)
-        if _is_nonfinite(norm_sum) != 0:  # else there is nothing to count: a rare second look keeps registers free
-            start = 0
-            while start < count:
-                offsets = start + lanes
-                theta = tl.load(theta_ptr + offsets, mask=offsets < count, other=0.0).to(tl.float32)
-                num_bad += tl.sum(_is_nonfinite(theta))
-                start += BLOCK
-        tl.store(slot + 2 * total, num_bad.to(tl.float32))
+        if MEASURE:
+            slot = partials + first + chunk
+            norm_sum = tl.sum(norm)
+            tl.store(slot, tl.sum(distance))
+            tl.store(slot + total, norm_sum)
+            num_bad = tl.zeros([], tl.int32)
+            if _is_nonfinite(norm_sum) != 0:  # else there is nothing to count: a rare second look keeps registers free
+                start = 0
+                while start < count:
+                    offsets = start + lanes
+                    theta = tl.load(theta_ptr + offsets, mask=offsets < count, other=0.0).to(tl.float32)
+                    num_bad += tl.sum(_is_nonfinite(theta))
+                    start += BLOCK
+            tl.store(slot + 2 * total, num_bad.to(tl.float32))
         chunk += tl.num_programs(0)
 
 
@@ -179,7 +183,7 @@ class TritonPlan:
         if self._device.type == "cuda":
             self._programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(self._device).multi_processor_count
 
-    def run(self, targets, sources, copies, weight: Tensor, gate: Tensor | None) -> Tensor:
+    def run(self, targets, sources, copies, weight: Tensor, gate: Tensor | None, measure: bool) -> Tensor:
         """Launches only; fresh partials each time, so that calls on several streams do not meet."""
         stats = torch.empty(3, self._num_layers, dtype=torch.float64, device=self._device)
         if not self._num_layers:
@@ -190,18 +194,12 @@ class TritonPlan:
                 update_kernel[(min(num_chunks, self._programs),)](
                     self._table, partials, weight, weight if gate is None else gate, first, num_chunks, self._total,
                     SOURCE=DTYPES[source], TARGET=DTYPES[target], COPY=DTYPES[copy], HAS_COPY=has_copy,
-                    HAS_GATE=gate is not None, ALIGNED=aligned, CHUNK=CHUNK, BLOCK=block_size(source, has_copy),
+                    HAS_GATE=gate is not None, MEASURE=measure, ALIGNED=aligned, CHUNK=CHUNK, BLOCK=block_size(source, has_copy),
                     **OPTIONS,
                 )  # fmt: skip
-            layer_kernel[(self._num_layers, 3)](
-                partials,
-                self._slots,
-                self._begin,
-                stats,
-                self._total,
-                self._num_layers,
-                BLOCK=128,
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
+            if measure:
+                layer_kernel[(self._num_layers, 3)](
+                    partials, self._slots, self._begin, stats, self._total, self._num_layers,
+                    BLOCK=128, num_warps=4, enable_fp_fusion=True,
+                )  # fmt: skip
         return stats
