@@ -111,7 +111,9 @@ def _override(base: Config, args: list[str]) -> Config:
 
 def _refuse_unknown(args: list[str], base: Config) -> None:
     known = flatten(base)
-    for arg in args:
+    for before, arg in zip(["", *args], args, strict=False):
+        if arg in PRESETS and not before.startswith("--"):
+            raise UsageError(f"the preset comes first: python -m jepa_fast.train {arg} ...")
         if arg.startswith("--"):
             field = arg[2:].split("=", 1)[0].replace("-", "_")
             if field not in known:
@@ -124,17 +126,14 @@ def _refuse_unknown(args: list[str], base: Config) -> None:
 
 
 def _first_message(printed: str) -> str:
-    """The sentence in tyro's box, on one line."""
+    """What tyro says in its box (drawn with lines, or on plain terminals with dashes), on one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", printed)
-    lines = [line.strip(" │") for line in text.splitlines()]
-    body: list[str] = []
-    for line in lines:
-        if line.startswith(("╭", "╰")):
-            continue
-        if line.startswith("─"):
-            break
-        body.append(line)
-    return " ".join(" ".join(body).split()).removeprefix("Error parsing ") or "the command line could not be read"
+    text = re.sub(r"╭[^\n]*╮", "\n" + "-" * 9, text)
+    text = re.sub(r"(?m)^ *[│├╰]*|[│┤╯]* *$", "", text).replace("─", "-")
+    _, message, *further = [" ".join(part.split()) for part in re.split(r"-{9,}", text)] + ["", ""]
+    wants = re.match(r"Argument helptext: (--\S+(?: [A-Z\[\]|.]+(?![a-z]))+)", next(iter(further), ""))
+    said = re.sub(r"(--[\w.-]+)", lambda name: name[0][:2] + name[0][2:].replace("-", "_"), message)
+    return said.removeprefix("Error parsing ") + (f"; give {wants[1]}" if wants else "") or "it cannot be read"
 
 
 def listing() -> str:

@@ -40,8 +40,11 @@ def test_fields_go_over_the_preset():
 @pytest.mark.parametrize(("argv", "says"), [
     (["txtures"], "unknown preset 'txtures' (did you mean textures?)"),
     (["--train.stps", "3"], "unknown option --train.stps (did you mean --train.steps?)"),
-    (["--train.steps", "abc"], "train.steps"),
-    (["--masks.mode", "foo"], "masks.mode"),
+    (["--train.steps", "abc"], "--train.steps: invalid literal for int() with base 10: 'abc'; give --train.steps INT\n"),
+    (["--masks.mode", "foo"], "invalid choice 'foo' for argument '--masks.mode'. Expected one of ('reference',"),
+    (["--masks.target_scale", "1"], "Missing value for argument '--masks.target_scale'. Expected 2 values"),
+    (["--optim.betas", "1", "x"], "give --optim.betas FLOAT FLOAT"),
+    (["--data.path", "x", "images"], "the preset comes first: python -m jepa_fast.train images"),
     (["--ema.decay", "1.5"], "--ema.decay is 1.5: give a number from 0 to 1"),
     (["--ema.decay", "nan"], "--ema.decay is nan"),
     (["--train.batch_size", "0"], "--train.batch_size is 0"),
@@ -49,7 +52,7 @@ def test_fields_go_over_the_preset():
     (["textures", "--data.image_size", "50"], "--model.patch 8 must divide it"),
     (["--data.series_length", "5"], "--data.series_length is 5"),
     (["--masks.ratio", "0.01"], "hides 0 of 10 tokens"),
-    (["--train.steps"], "train.steps"),
+    (["--train.steps"], "Missing value for argument '--train.steps'"),
     (["--optim.lr", "inf"], "--optim.lr is inf"),
     (["--resume=yes"], "--resume=yes"),
     (["-x"], "unknown option -x"),
@@ -60,6 +63,7 @@ def test_bad_input_is_one_line_and_status_2(argv, says, capsys, tmp_path, monkey
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert says in err and err.startswith("error: ") and err.count("\n") == 1 and not out
+    assert "--- " not in err and "help" not in err.replace("--help", "")
     assert not list(tmp_path.iterdir())
 
 
