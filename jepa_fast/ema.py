@@ -1,7 +1,5 @@
 """The target encoder: fused EMA of the context encoder, with the drift ||theta - theta_bar|| in the same pass."""
 
-import math
-
 from torch import Tensor
 
 from fused_ema import FusedEMA
@@ -17,9 +15,3 @@ class TargetEMA:
     def update(self, decay: float, gate: Tensor) -> None:
         """One update; where `gate` (bool, on the device) is False the target stays bit-identical. No synchronisation."""
         self.fused.update(decay, gate=gate)
-
-    def drift(self) -> dict[str, float]:
-        """{'drift/total', 'drift/<layer>'}: Frobenius norms of theta - theta_bar by block. Synchronises: log steps only."""
-        layers = self.fused.distances(group_by="block")
-        total = math.sqrt(sum(d * d for d in layers.values()))
-        return {"drift/total": total} | {f"drift/{name}": d for name, d in layers.items()}

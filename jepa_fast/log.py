@@ -12,13 +12,20 @@ from typing import Any
 
 
 class RunLog:
-    """Appends records and events to a run folder. On resume, what lies after the checkpoint is cut off."""
+    """Appends records and events to a run folder. On resume, what lies after the checkpoint is cut off.
 
-    def __init__(self, folder: Path, resume_step: int):
-        self.records = _truncate(folder / "metrics.jsonl", resume_step)
-        self.events = _truncate(folder / "events.jsonl", resume_step)
-        self._metrics = (folder / "metrics.jsonl").open("a")
-        self._events = (folder / "events.jsonl").open("a")
+    Without a folder both are kept in memory only.
+    """
+
+    def __init__(self, folder: Path | None, resume_step: int):
+        self.records: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self._metrics, self._events = None, None
+        if folder is not None:
+            self.records = _truncate(folder / "metrics.jsonl", resume_step)
+            self.events = _truncate(folder / "events.jsonl", resume_step)
+            self._metrics = (folder / "metrics.jsonl").open("a")
+            self._events = (folder / "events.jsonl").open("a")
 
     def record(self, record: dict[str, Any]) -> None:
         self.records.append(record)
@@ -29,11 +36,14 @@ class RunLog:
         _append(self._events, self.events[-1])
 
     def close(self) -> None:
-        self._metrics.close()
-        self._events.close()
+        for stream in (self._metrics, self._events):
+            if stream is not None:
+                stream.close()
 
 
 def _append(stream: Any, line: dict[str, Any]) -> None:
+    if stream is None:
+        return
     plain = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in line.items()}
     stream.write(json.dumps(plain) + "\n")
     stream.flush()

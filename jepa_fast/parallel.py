@@ -57,6 +57,12 @@ def join(config: Config) -> World:
     return World(rank, size, device)
 
 
+def here() -> World:
+    """This process in a group that somebody else made; alone if there is none. The device is not looked into."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return World(rank, size, torch.device("cpu"))
+
+
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

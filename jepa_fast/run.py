@@ -1,7 +1,6 @@
 """Around the training loop: put a run together, write its records and checkpoints, and close it with a verdict."""
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,45 +18,9 @@ from jepa_fast.errors import UsageError
 from jepa_fast.log import Progress, RunLog
 from jepa_fast.model.attention import choose_backend
 from jepa_fast.model.jepa import JEPA
-from jepa_fast.monitor import FULL_INPUTS, CollapseMonitor, phase, probes
+from jepa_fast.monitor import FULL_INPUTS, CollapseMonitor, Examination, probes, sentence
+from jepa_fast.monitor.views import FixedMasks
 from jepa_fast.parallel import World
-
-
-class Interval:
-    """Sums since the last record, kept on the device until that record is written."""
-
-    def __init__(self, device: torch.device, bad_in_a_row: Tensor | None = None):
-        self.began = time.monotonic()
-        self.loss, self.num_finite, self.num_bad = torch.zeros(3, device=device).unbind()
-        self.bad_in_a_row = torch.zeros((), device=device) if bad_in_a_row is None else bad_in_a_row
-        self.num_steps, self.num_inputs, self.wait, self.examining = 0, 0, 0.0, 0.0
-
-    def add(self, loss: Tensor, num_inputs: int, wait: float) -> None:
-        finite = torch.isfinite(loss.detach())
-        self.loss += torch.where(finite, loss.detach(), 0.0)
-        self.num_finite += finite
-        self.num_steps, self.num_inputs, self.wait = self.num_steps + 1, self.num_inputs + num_inputs, self.wait + wait
-
-    def judge(self, finite: Tensor) -> None:
-        """Count a step that changed nothing."""
-        bad = (~finite).float()
-        self.num_bad += bad
-        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
-
-    def scalars(self) -> dict[str, Tensor]:
-        return {"loss": self.loss / self.num_finite, "bad": self.num_bad, "bad_in_a_row": self.bad_in_a_row}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {
-            "loss": self.loss,
-            "num_finite": self.num_finite,
-            "num_bad": self.num_bad,
-            "bad_in_a_row": self.bad_in_a_row,
-        }
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, value in state.items():
-            getattr(self, name).copy_(value)
 
 
 @dataclass
@@ -77,13 +40,12 @@ class Run:
     ema: TargetEMA
     monitor: CollapseMonitor
     loader: Loader
-    interval: Interval
-    log: RunLog | None  # on the main process
     progress: Progress
 
-    def examines(self, step: int) -> bool:
-        """Whether this process looks at the encoders before step `step`: periodically, and at both ends."""
-        return self.world.is_main and (step % self.config.monitor.every == 0 or step == self.steps)
+    @property
+    def log(self) -> RunLog | None:
+        """On the main process."""
+        return self.monitor.log
 
 
 def set_up(config: Config, resume: str, world: World) -> Run:
@@ -101,23 +63,26 @@ def set_up(config: Config, resume: str, world: World) -> Run:
     if config.init.from_ and state is None:
         _load_weights(jepa, checkpoint.weights_at(config.init.from_), f"--init.from {config.init.from_}")
     jepa.to(world.device)
-    run = Run(
-        config, world, folder, steps, warmup, start, dataset, jepa,
-        model=parallel.distribute(jepa, world),
-        optimizer=optim.build(jepa, config.optim),
-        ema=TargetEMA(jepa),
-        monitor=_monitor(config, dataset, world),
-        loader=Loader(config, dataset.train, config.train.seed, world.rank, world.size, start, steps + 1),
-        interval=Interval(world.device),
-        log=None,
-        progress=Progress(steps, start, quiet=not world.is_main, every=max(config.monitor.every, steps // 40)),
-    )  # fmt: skip
+    model = parallel.distribute(jepa, world)
+    ema, optimizer = TargetEMA(jepa), optim.build(jepa, config.optim)
+    progress = Progress(steps, start, quiet=not world.is_main, every=max(config.monitor.every, steps // 40))
+    examination = _examination(config, dataset, jepa, world)
     if state is not None:
-        _restore(run, state)
+        _restore(config, folder, dataset, jepa, optimizer, state)
+    loader = Loader(config, dataset.train, config.train.seed, world.rank, world.size, start, steps + 1)
     if world.is_main:  # from here on the folder is written to
         rundir.claim(config, folder)
-        run.log = RunLog(folder, start)
-        if start:
+    monitor = CollapseMonitor(
+        folder, ema.fused, loss=jepa.loss, target_norm=jepa.target_norm, every=config.log.every,
+        examination=examination, start=start, say=progress.say,
+    )  # fmt: skip
+    if state is not None:
+        monitor.load_state_dict(state["monitor"])
+    run = Run(
+        config, world, folder, steps, warmup, start, dataset, jepa, model, optimizer, ema, monitor, loader, progress
+    )
+    if world.is_main:
+        if start and run.log:
             run.log.event("resume", start, processes=world.size)
         _introduce(run)
     return run
@@ -162,8 +127,8 @@ def _load_weights(jepa: JEPA, weights: dict[str, Tensor], where: str) -> None:
     jepa.load_state_dict(weights)
 
 
-def _monitor(config: Config, dataset: Dataset, world: World) -> CollapseMonitor:
-    """The probe set lives on the main process only."""
+def _examination(config: Config, dataset: Dataset, jepa: JEPA, world: World) -> Examination:
+    """The fixed inputs live on the main process only."""
     probe_set, inputs = None, torch.empty(0)
     if world.is_main:
         if dataset.probe_train is not None and dataset.probe_test is not None:
@@ -174,18 +139,21 @@ def _monitor(config: Config, dataset: Dataset, world: World) -> CollapseMonitor:
             inputs = probe_set.test
         else:
             inputs = torch.from_numpy(fixed_draw(dataset.train, FULL_INPUTS)[0])
-    return CollapseMonitor(config, probe_set, inputs, world.device)
+    return Examination(
+        jepa.context_encoder, jepa.target_encoder, inputs, probe_set=probe_set, masked=FixedMasks(config),
+        config=config.monitor, device=world.device,
+    )  # fmt: skip
 
 
-def _restore(run: Run, state: dict) -> None:
-    if state["data"] != run.dataset.fingerprint:
+def _restore(
+    config: Config, folder: Path, dataset: Dataset, jepa: JEPA, optimizer: torch.optim.Optimizer, state: dict
+) -> None:
+    if state["data"] != dataset.fingerprint:
         raise UsageError(
-            f"the data changed since {run.folder} was started (fingerprint {state['data'][:12]} then, {run.dataset.fingerprint[:12]} now); put the old data back, or start a new --run.dir"
+            f"the data changed since {folder} was started (fingerprint {state['data'][:12]} then, {dataset.fingerprint[:12]} now); put the old data back, or start a new --run.dir"
         )
-    _load_weights(run.jepa, state["model"], f"the checkpoint in {run.folder}")
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.monitor.load_state_dict(state["monitor"])
-    run.interval.load_state_dict(state["interval"])
+    _load_weights(jepa, state["model"], f"the checkpoint in {folder}")
+    optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
 
 
@@ -205,57 +173,18 @@ def _introduce(run: Run) -> None:
     print(f"run folder {run.folder}: {begun}", flush=True)
 
 
-def write_record(
-    run: Run, step: int, interval: Interval, signals: dict[str, Tensor], examined: dict[str, float]
-) -> None:
-    """One line of metrics.jsonl, the progress line and new events. Raises UsageError after too many bad steps in a row."""
-    values = parallel.average(interval.scalars() | signals, run.world)
-    bad, bad_in_a_row = round(values.pop("bad")), round(values.pop("bad_in_a_row"))
-    drift = run.ema.drift()
-    seconds = max(1e-9, time.monotonic() - interval.began - run.monitor.seconds)
-    rate = interval.num_inputs * run.world.size / seconds
-    times = {
-        "time/step": seconds / interval.num_steps,
-        "time/data_wait": interval.wait / interval.num_steps,
-        "time/examine": run.monitor.seconds,
-    }
-    run.monitor.seconds = 0.0
-    if run.log:
-        run.log.record({"step": step, **values, **drift, **examined, **times, "images_per_s": rate})
-        shown = {"loss": values["loss"], "discrepancy": values["discrepancy/visible"], "drift": drift["drift/total"]}
-        probe = {"probe": examined["probe/target"]} if "probe/target" in examined else {}
-        run.progress.show(step, shown | probe | {"samples/s": rate})
-        if bad:
-            run.log.event("skipped_step", step, count=bad)
-        if examined:
-            _announce(run)
-    if bad_in_a_row >= run.config.train.max_bad_steps:
+def show(run: Run, record: dict) -> None:
+    """The progress line. Raises UsageError after too many bad steps in a row."""
+    names = {"loss": "loss", "discrepancy": "discrepancy/visible", "drift": "drift/total", "probe": "probe/target"}
+    shown = {name: record[key] for name, key in names.items() if key in record}
+    run.progress.show(record["step"], shown | {"samples/s": record["images_per_s"]})
+    if run.monitor.bad_in_a_row >= run.config.train.max_bad_steps:
         good = checkpoint.found(run.folder)
         raise UsageError(
-            f"loss or gradients were not finite for {bad_in_a_row} steps up to step {step}; the weights are those from before; "
+            f"loss or gradients were not finite for {run.monitor.bad_in_a_row} steps up to step {record['step']}; the weights are those from before; "
             f"lower --optim.lr (now {run.config.optim.lr:g}), or look at the data; last checkpoint: "
             + (f"{run.folder / 'checkpoints' / f'step-{good[-1]}'}" if good else "none yet")
         )
-
-
-def _announce(run: Run) -> None:
-    """Events that the records called by now, each once."""
-    assert run.log is not None
-    told = {(e["kind"], e.get("called_at")) for e in run.log.events}
-    for event in phase.detect(run.log.records):
-        if (event.kind, event.called_at) not in told:
-            run.log.event(
-                event.kind,
-                event.step,
-                called_at=event.called_at,
-                confidence=event.confidence,
-                evidence=list(event.evidence),
-            )
-            run.progress.say(_sentence(run.log.events[-1]))
-
-
-def _sentence(event: dict) -> str:
-    return f"event: {event['kind'].replace('_', ' ')}, step {event['step']:,}: {'; '.join(event['evidence'])}"
 
 
 def save(run: Run, step: int) -> None:
@@ -266,7 +195,6 @@ def save(run: Run, step: int) -> None:
             "model": run.jepa.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "monitor": run.monitor.state_dict(),
-            "interval": run.interval.state_dict(),
             "data": run.dataset.fingerprint,
             "rng": torch.get_rng_state(),
         }
@@ -281,10 +209,9 @@ def close(run: Run) -> None:
         return
     for key, reason in run.loader.bad:
         run.log.event("bad_sample", run.steps, key=key, reason=reason)
-    run.log.close()
-    events = [e for e in run.log.events if "evidence" in e]
+    events = run.monitor.close()
     print()
     print(report.verdict(run.log.records, events, run.dataset.description))
     for event in events:
-        print(_sentence(event))
+        print(sentence(event))
     print(f"report: {report.write(run.folder)}", flush=True)

@@ -8,28 +8,30 @@ import sys
 from jepa_fast import cli, optim, parallel, schedules
 from jepa_fast.config import to_json
 from jepa_fast.errors import one_line_errors
-from jepa_fast.run import Interval, Run, close, save, set_up, write_record
+from jepa_fast.run import Run, close, save, set_up, show
 
 
 def train(run: Run) -> None:
     """The paper's algorithm. At the top of the loop `step` updates have been made; the last pass only measures."""
-    config, world, interval = run.config, run.world, run.interval
+    config, world = run.config, run.world
     for batch in run.loader:
         step, last = batch.step, batch.step == run.steps
         inputs, masks = batch.inputs.to(world.device, non_blocking=True), batch.plan.to(world.device)
 
-        # Look at both encoders on the fixed probe set, before they move.
-        examined = run.monitor.examine(run.jepa) if run.examines(step) else {}
+        # Look at both encoders on the fixed probe set, now and then, before they move.
+        run.monitor.examine(last)
 
         # Forward: target encoder on everything, context encoder on the visible tokens, predictor, loss.
         with parallel.precision(config, world):
             output = run.model(inputs, masks)
-        interval.add(output.loss, len(inputs), batch.wait)
 
-        # Record what holds at these weights; the only host synchronisation.
-        if step % config.log.every == 0 or step % config.monitor.every == 0 or last:
-            write_record(run, step, interval, run.monitor.signals(run.jepa, output, masks), examined)
-            interval = run.interval = Interval(world.device, interval.bad_in_a_row)
+        # Record what holds at these weights; the only host synchronisation, on log steps.
+        record = run.monitor.observe(
+            output.loss, output.context, output.target, masks.context_rows, masks.target_rows,
+            hidden_weight=masks.target_weight, step=step, wait=batch.wait, last=last,
+        )  # fmt: skip
+        if record:
+            show(run, record)
         if last:
             break
 
@@ -40,8 +42,9 @@ def train(run: Run) -> None:
         finite = optim.step_if_finite(run.optimizer, output.loss, config.optim.clip)
 
         # Target encoder: EMA, and its distance from the context encoder, in one pass.
-        run.ema.update(schedules.ema_decay(config.ema, step, run.steps), gate=finite)
-        interval.judge(finite)
+        decay = schedules.ema_decay(config.ema, step, run.steps)
+        run.ema.update(decay, gate=finite)
+        run.monitor.updated(decay, finite)
 
         if (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0) or step + 1 == run.steps:
             save(run, step + 1)

@@ -1,16 +1,16 @@
 """The monitor's numbers against independent implementations: NumPy, scikit-learn, and the definitions."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 
-from jepa_fast.config import replace
-from jepa_fast.data.masks import sample_masks
-from jepa_fast.data.packing import plan
-from jepa_fast.model.jepa import JEPA, Output
-from jepa_fast.monitor import CollapseMonitor, discrepancy, probes, spectrum
+from jepa_fast.model.jepa import JEPA
+from jepa_fast.monitor import Examination, discrepancy, probes, spectrum
+from jepa_fast.monitor.views import FixedMasks
 from jepa_fast.presets import preset
 
 
@@ -29,14 +29,14 @@ def test_discrepancy_is_the_mean_token_distance():
     assert float(discrepancy.discrepancy(f, f)) == 0
 
 
-def test_the_triangle_of_equation_4_holds():
+def test_the_terms_of_equation_4_are_its_terms_and_the_triangle_holds():
     """||f(x) - g(x_hat)|| <= ||f(x) - f(x_hat)|| + ||f(x_hat) - g(x_hat)||, on the visible tokens of a real model."""
     config = preset("demo")
-    jepa = JEPA(config)
-    with torch.no_grad():
-        for p in jepa.target_encoder.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    inputs, keep = normal(6, 1, 500), torch.tensor([[0, 4, 9]] * 6)
+    jepa = pushed_apart(config)
+    inputs, views = normal(6, 1, 500), FixedMasks(config)
+    record = Examination(jepa.context_encoder, jepa.target_encoder, inputs, masked=views).look()
+    masks = views.plan(6, 0)
+    keep = masks.context_index.view(6, 3)
     with torch.no_grad():
         visible = jepa.context_encoder(inputs, keep)
         whole, target = (
@@ -44,8 +44,22 @@ def test_the_triangle_of_equation_4_holds():
             for e in (jepa.context_encoder, jepa.target_encoder)
         )
     c, by_input, by_ema = ((a - b).norm(dim=-1) for a, b in ((visible, target), (visible, whole), (whole, target)))
-    assert (c <= by_input + by_ema + 1e-5).all() and (by_input > 0).any() and (by_ema > 0).any()
-    assert float(discrepancy.full_discrepancy(jepa.context_encoder, jepa.target_encoder, inputs)) > 0
+    for name, value in (("both", c), ("input", by_input), ("ema", by_ema)):
+        assert record[f"mismatch/{name}"] == pytest.approx(float(value.mean()), rel=1e-4) and value.min() > 0
+    assert record["mismatch/excess"] < 1e-6
+
+
+def test_a_triangle_that_is_none_is_found():
+    _, excess = discrepancy.mismatches(normal(5, 8), torch.full((5, 8), math.nan), normal(5, 8, seed=1))
+    assert math.isnan(float(excess)) and not float(excess) <= 1e-4
+
+
+def pushed_apart(config):
+    jepa = JEPA(config)
+    with torch.no_grad():
+        for p in jepa.target_encoder.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return jepa
 
 
 def test_spread_is_zero_for_an_encoder_that_says_the_same_of_all_and_right_on_average_else():
@@ -146,37 +160,24 @@ def test_the_probe_set_is_fixed_and_its_majority_is_the_training_sets():
 
 def test_an_examination_finds_what_is_there_to_find():
     """Series of different frequencies: even an untrained encoder tells them apart, and both encoders alike."""
-    config = replace(preset("demo"), {"monitor.probe_train": 60, "monitor.probe_test": 30})
-    jepa = JEPA(config)
-    probe_set = probes.collect(Labelled(60, 3), Labelled(30, 3), 3, 60, 30)
-    monitor = CollapseMonitor(config, probe_set, probe_set.test, torch.device("cpu"))
-    record = monitor.examine(jepa)
-    assert record["probe/target"] == record["probe/context"] == record["probe/untrained"] == 1.0
-    assert record["discrepancy/full"] == 0 and record["probe/majority"] == pytest.approx(1 / 3)
-    restored = CollapseMonitor(config, probe_set, probe_set.test, torch.device("cpu"))
-    restored.load_state_dict(monitor.state_dict())
-    assert restored.untrained == monitor.untrained
-
-
-def test_signals_are_the_definitions_on_a_training_step():
     config = preset("demo")
     jepa = JEPA(config)
-    with torch.no_grad():
-        for p in jepa.target_encoder.parameters():
-            p.mul_(1.05)
-    inputs = normal(8, 1, 500)
-    masks = sample_masks(config.masks, config.grid, 0, 0, np.zeros(8, np.int64), np.arange(8))
-    output: Output = jepa(inputs, plan(masks, 10))
-    monitor = CollapseMonitor(config, None, inputs, torch.device("cpu"))
-    signals = {k: float(v) for k, v in monitor.signals(jepa, output, plan(masks, 10)).items()}
-    by_hand = []
-    with torch.no_grad():
-        target = jepa.target_encoder(inputs)
-        for row, visible in enumerate(np.split(masks.context, 8)):
-            keep = torch.from_numpy(visible)[None]
-            by_hand.append((jepa.context_encoder(inputs[row : row + 1], keep)[0] - target[row, keep[0]]).norm(dim=-1))
-    assert signals["discrepancy/visible"] == pytest.approx(float(torch.cat(by_hand).mean()), rel=1e-4)
-    assert signals["discrepancy/relative"] == pytest.approx(
-        signals["discrepancy/visible"] / signals["spread"], rel=1e-5
-    )
-    assert "probe/target" not in monitor.examine(jepa)
+    probe_set = probes.collect(Labelled(60, 3), Labelled(30, 3), 3, 60, 30)
+
+    def examination():
+        return Examination(jepa.context_encoder, jepa.target_encoder, probe_set.test, probe_set=probe_set)
+
+    first = examination()
+    record = first.look()
+    assert record["probe/target"] == record["probe/context"] == record["probe/untrained"] == 1.0
+    assert record["discrepancy/full"] == 0 and record["probe/majority"] == pytest.approx(1 / 3)
+    restored = examination()
+    restored.load_state_dict(first.state_dict())
+    assert restored.untrained == first.untrained
+
+
+def test_an_examination_leaves_the_encoders_as_they_were():
+    jepa = JEPA(preset("demo"))
+    jepa.context_encoder.train(), jepa.target_encoder.eval()
+    Examination(jepa.context_encoder, jepa.target_encoder, normal(6, 1, 500)).look()
+    assert jepa.context_encoder.training and not jepa.target_encoder.training

@@ -5,11 +5,12 @@ synchronises.
 """
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from jepa_fast.model.jepa import token_loss
 
-# Shape legend: B images, N tokens of one, Tc visible tokens of the batch, D width.
+# Shape legend: B images, N tokens of one, T tokens of the batch that both encoders saw, D width.
 
 
 def discrepancy(context: Tensor, target: Tensor) -> Tensor:
@@ -28,12 +29,38 @@ def instance_spread(target: Tensor) -> Tensor:
     return deviation * (b / max(1, b - 1)) ** 0.5
 
 
+def readings(context: Tensor, visible: Tensor, spread: Tensor) -> dict[str, Tensor]:
+    """C of features [T, D], absolute, relative and centred, raw and layer-normed. `visible` is g of the same tokens.
+
+    `relative` is to the instance spread, `to_norm` to the mean norm of g. `centred` takes each encoder's mean over the
+    batch's tokens away first: what is left differs between tokens, where a common offset of one encoder counts not.
+    """
+    context, visible = context.float(), visible.float()
+    norm = visible.norm(dim=-1).mean()
+    raw = discrepancy(context, visible)
+    normed = [F.layer_norm(x, x.shape[-1:]) for x in (context, visible)]
+    return {
+        "discrepancy/visible": raw,
+        "discrepancy/relative": raw / spread,
+        "discrepancy/to_norm": raw / norm,
+        "discrepancy/centred": _centred(context, visible),
+        "discrepancy/normed": discrepancy(*normed),
+        "discrepancy/normed_centred": _centred(*normed),
+        "norm/context": context.norm(dim=-1).mean(),
+        "norm/target": norm,
+    }
+
+
+def _centred(context: Tensor, visible: Tensor) -> Tensor:
+    return discrepancy(context - context.mean(0), visible - visible.mean(0))
+
+
 def predictor_skill(loss: Tensor, regression_target: Tensor, rows: Tensor, weight: Tensor, kind: str) -> Tensor:
     """1 - loss / loss of the best constant predictor of each position; below 0 the predictor is worse than that.
 
-    regression_target [B, N, D] is what the loss compares with, rows and weight the tokens it is taken at
-    (MaskPlan.target_rows, target_weight). The constant is fitted on the batch itself and its loss
-    corrected by B / (B - 1), which is exact for `l2`.
+    regression_target [B, N, D] is what the loss compares with, rows int64 the tokens of [B * N] that it is taken at,
+    weight (sums to 1) their shares in it. The constant is fitted on the batch itself and its loss corrected by
+    B / (B - 1), which is exact for `l2`.
     """
     b = regression_target.shape[0]
     constant = _best_constant(regression_target, kind)  # [1, N, D]
@@ -54,7 +81,19 @@ def _best_constant(target: Tensor, kind: str) -> Tensor:
     return constant
 
 
-@torch.no_grad()
-def full_discrepancy(context_encoder: nn.Module, target_encoder: nn.Module, inputs: Tensor) -> Tensor:
-    """||f(x_hat)_i - g(x_hat)_i|| on whole inputs, mean over tokens: the second term of equation 4."""
-    return discrepancy(context_encoder(inputs).flatten(0, 1), target_encoder(inputs).flatten(0, 1))
+# ---- equation 4, on whole and masked views of the same inputs -----------------------------------------
+
+
+def mismatches(masked: Tensor, whole: Tensor, target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms of equation 4 over the visible tokens, and by how much it is violated.
+
+    f(x), f(x_hat) and g(x_hat), features [T, D] of the same tokens. The second result is the largest excess of
+    ||f(x) - g(x_hat)|| over the sum of the other two, as a share of the features' norm: rounding, or a fault.
+    NaN where features are not finite.
+    """
+    masked, whole, target = masked.float(), whole.float(), target.float()
+    both, by_input, by_ema = ((a - b).norm(dim=-1) for a, b in ((masked, target), (masked, whole), (whole, target)))
+    size = masked.norm(dim=-1) + whole.norm(dim=-1) + target.norm(dim=-1)
+    excess = ((both - by_input - by_ema) / size.clamp(min=torch.finfo(torch.float32).tiny)).max()
+    terms = {"mismatch/both": both.mean(), "mismatch/input": by_input.mean(), "mismatch/ema": by_ema.mean()}
+    return terms, excess.clamp(min=0)

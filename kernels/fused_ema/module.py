@@ -115,12 +115,27 @@ class FusedEMA:
         call it on every rank.
         """
         stats = self.stats if self.stats is not None else self.measure()
-        squares = sum_over_shards(stats.distance_sq, [p.source.tensor for p in self._pairs])
+        return self._grouped(stats.distance_sq, group_by)
+
+    @torch.no_grad()
+    def norms(self, group_by: str | Callable[[str], str] | None = None) -> dict[str, float]:
+        """{parameter name: ||theta||}, as `distances`; their ratio is the relative distance."""
+        stats = self.stats if self.stats is not None else self.measure()
+        return self._grouped(stats.source_sq, group_by)
+
+    def _grouped(self, values: Tensor, group_by: str | Callable[[str], str] | None) -> dict[str, float]:
+        squares = sum_over_shards(values, [p.source.tensor for p in self._pairs])
         grouped: dict[str, float] = {}
         for name, square in zip(self.names, squares.tolist(), strict=True):
             group = _group(name, group_by)
             grouped[group] = grouped.get(group, 0.0) + square
         return {name: math.sqrt(square) for name, square in grouped.items()}
+
+    def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, theta, theta_bar) as they are now, in the order of `names`; this rank's shards under FSDP2."""
+        reshard(self._fsdp)
+        for pair in self._pairs:
+            yield pair.name, local(pair.source.tensor), local(pair.target.tensor)
 
     @torch.no_grad()
     def spectral_distances(self, iterations: int = 1) -> dict[str, float]:

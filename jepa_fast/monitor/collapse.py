@@ -1,0 +1,271 @@
+"""The collapse monitor: a training loop's loss, features and weights in; metrics.jsonl and events.jsonl out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jepa_fast import parallel
+from jepa_fast.log import RunLog
+from jepa_fast.monitor import discrepancy, phase
+from jepa_fast.monitor.drift import Drift, Identity, Weights
+from jepa_fast.monitor.examination import Examination, timed
+from jepa_fast.monitor.interval import Interval
+from jepa_fast.monitor.tokens import Tokens, as_tokens, rows_of
+
+Record = dict[str, Any]
+RECORDS_A_LOOK = 10  # without an examination: records between looks at the events and at the identity
+TRIANGLE = 1e-4  # of the features' norm: rounding in float32 stays below, a fault does not
+
+
+class CollapseMonitor:
+    """Watches any training loop with a context encoder and a slow target encoder. Owns no loop, optimizer or data.
+
+    In three lines:
+
+        monitor = CollapseMonitor("runs/mine", (encoder, target_encoder))          # before the loop
+        monitor.observe(loss, context=z, target=h, visible=visible)                # every step, after the forward
+        monitor.close()                                                            # after the loop
+
+    folder: where metrics.jsonl and events.jsonl go; None keeps them in memory (`records`, `events`).
+    weights: what the drift is measured on. A FusedEMA (its distances cost nothing more), or (context encoder, target
+    encoder), or pairs of tensors (theta, theta_bar), named or not; None: no drift.
+    loss, target_norm: which loss it is, and whether targets are layer-normed in it: with them and `hidden` the
+    predictor's skill is measured. every: steps between records.
+    examination: what is measured on a fixed set (probes, spectra, mismatches), on a period of its own.
+    start: None for a new log; on resume the number of the next step, and what was logged from there on is dropped.
+    say: told of every event, once; None: silence.
+
+    On several processes call it on all: values are averaged over them, the first writes. Everything stays on the
+    device except on the steps of a record. Raises FileExistsError if the folder has a log and `start` is None.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        weights: Weights | None = None,
+        *,
+        loss: Literal["l2", "smooth_l1", "l1"] | None = None,
+        target_norm: bool = False,
+        every: int = 10,
+        examination: Examination | None = None,
+        start: int | None = None,
+        say: Callable[[str], None] | None = print,
+    ):
+        if every < 1:
+            raise ValueError(f"every is {every}; give a number of steps of at least 1")
+        self.loss, self.target_norm, self.every, self.examination = loss, target_norm, every, examination
+        self.drift = Drift(weights) if weights is not None else None
+        self.identity = Identity(self.drift.ema) if self.drift else None
+        self.world = parallel.here()
+        self.log = _open(folder, start) if self.world.is_main else None
+        self.step = start or 0  # of the next observation
+        self.interval = Interval()
+        self.bad_in_a_row = 0  # steps up to the last record that changed nothing
+        self._say = say
+        self._num_records = 0
+        self._examined: tuple[int, dict[str, float]] | None = None
+
+    # ---- every step -------------------------------------------------------------------------------
+
+    def observe(
+        self,
+        loss: Tensor | float,
+        context: Tensor | None = None,
+        target: Tensor | None = None,
+        visible: Tokens = None,
+        hidden: Tokens = None,
+        *,
+        hidden_weight: Tensor | None = None,
+        step: int | None = None,
+        wait: float = 0.0,
+        last: bool = False,
+    ) -> Record | None:
+        """One step, after its forward and before the optimizer's step. Returns the record if this step wrote one.
+
+        context: f(x), features [B, K, D] of the visible tokens (I-JEPA's z before the predictor), or packed [T, D].
+        target: g(x_hat), features [B, N, D] of all tokens, before any layer norm of the loss; or [B, D].
+        visible: which of the N tokens `context` is of: token numbers [B, K] (or a list of such: I-JEPA's masks_enc),
+        a bool mask [B, N], or rows [T] of the flattened [B * N]. None: target is of the same tokens as context.
+        hidden: likewise the tokens that the loss is taken at, `hidden_weight` [T] their weights in it (None: equal).
+        step: optimizer steps made so far; None counts calls. wait: seconds this step waited for data.
+        last: write a record (and examine) whatever the period.
+        """
+        self.step = self.step if step is None else step
+        loss = torch.as_tensor(loss).detach().float()
+        inputs = target if target is not None else context
+        self.interval.add(loss, len(inputs) if inputs is not None else 0, wait)
+        record = None
+        if last or self.step % self.every == 0 or self._examines(last):
+            examined = self.examine(last)
+            with torch.no_grad():
+                signals = self._signals(loss, context, target, visible, hidden, hidden_weight)
+            seldom = self._examines(last) if self.examination else self._num_records % RECORDS_A_LOOK == 0
+            record = self._write(signals, examined, seldom)
+            if seldom and self.identity:
+                self.identity.remember()
+        self.step += 1
+        return record
+
+    def updated(self, decay: float | None = None, finite: Tensor | None = None) -> None:
+        """Optional, after optimizer and EMA have moved the weights of the step that was observed.
+
+        decay: the EMA decay of this update: then the identity D_t = decay (D_{t-1} + theta_t - theta_{t-1}) is checked
+        now and then. finite: bool on the device, whether the step changed anything; steps that did not are counted.
+        """
+        if finite is not None:
+            self.interval.judge(finite)
+        if self.identity and self.identity.remembers:
+            made = finite is None or bool(finite)
+            self.identity.check(decay if made else None)
+
+    def examine(self, last: bool = False) -> dict[str, float]:
+        """The examination of the coming step, if it is due: `observe` makes it, unless it was made by hand before.
+
+        By hand, ahead of the forward, it does not add to the peak of memory.
+        """
+        if (
+            self.examination is None
+            or not self._examines(last)
+            or not (self.world.is_main or self.examination.everywhere)
+        ):
+            return {}
+        if self._examined is None or self._examined[0] != self.step:
+            record, seconds = timed(self.examination.look)
+            self.interval.examining += seconds
+            self._examined = (self.step, record)
+        return self._examined[1]
+
+    def _examines(self, last: bool) -> bool:
+        return self.examination is not None and (last or self.examination.due(self.step))
+
+    # ---- records ----------------------------------------------------------------------------------
+
+    def _signals(
+        self, loss: Tensor, context: Tensor | None, target: Tensor | None, visible: Tokens, hidden: Tokens,
+        hidden_weight: Tensor | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Device scalars of one step, without a synchronisation."""
+        if target is None:
+            return {}
+        target = as_tokens(target.detach(), "target").float()
+        b, n, _ = target.shape
+        spread = discrepancy.instance_spread(target)
+        signals = {"spread": spread}
+        if context is not None:
+            context = context.detach().flatten(0, -2)  # [T, D]
+            rows = rows_of(visible, b, n, target.device)
+            if len(rows) != len(context):
+                raise ValueError(f"{len(context)} context tokens, but `visible` names {len(rows)} of {b} x {n} tokens")
+            signals |= discrepancy.readings(context, target.flatten(0, 1)[rows], spread)
+        if self.loss is not None and hidden is not None:
+            regression = F.layer_norm(target, target.shape[-1:]) if self.target_norm else target
+            rows = rows_of(hidden, b, n, target.device)
+            weight = target.new_full((len(rows),), 1 / len(rows)) if hidden_weight is None else hidden_weight
+            signals["skill"] = discrepancy.predictor_skill(loss, regression, rows, weight, self.loss)
+        return signals
+
+    def _write(self, signals: dict[str, Tensor], examined: dict[str, float], seldom: bool) -> Record:
+        """One line of metrics.jsonl and the events it calls. The only synchronisation."""
+        values = parallel.average(self.interval.sums() | signals, self.world)
+        bad, self.bad_in_a_row = round(values.pop("bad")), round(values.pop("bad_in_a_row"))
+        drift = self.drift.by_layer() if self.drift else {}
+        identity = (
+            {"identity/residual": self.identity.worst} if self.identity and self.identity.worst is not None else {}
+        )
+        record = {"step": self.step, **values, **drift, **identity, **examined, **self.interval.times(self.world.size)}
+        self.interval.begin()
+        self._num_records += 1
+        if self.log:
+            self.log.record(record)
+            if bad:
+                self.log.event("skipped_step", self.step, count=bad)
+            self._check_theory(record)
+            if seldom:
+                self._announce()
+        return record
+
+    def _check_theory(self, record: Record) -> None:
+        """What cannot be otherwise is asserted: a violation says that something is wrong with the run or with us."""
+        assert self.log is not None
+        if not record.get("mismatch/excess", 0.0) <= TRIANGLE:  # NaN too
+            said = f"equation 4 is off by {record['mismatch/excess']:.2g} of the features' norm"
+            self.log.event("triangle_violated", self.step, excess=record["mismatch/excess"])
+            self._tell(f"event: triangle violated, step {self.step:,}: {said}")
+        if self.identity and self.identity.worst is not None:
+            if not self.identity.worst <= 1:
+                said = (
+                    f"the EMA's update is off the identity of theorem 4.2 by {self.identity.worst:.3g} times rounding"
+                )
+                self.log.event("identity_violated", self.step, residual=self.identity.worst, tensor=self.identity.where)
+                self._tell(f"event: identity violated, step {self.step:,}: {said} in {self.identity.where}")
+            self.identity.worst = None
+
+    def _announce(self) -> None:
+        """Events that the records called by now, each once."""
+        assert self.log is not None
+        told = {(e["kind"], e.get("called_at")) for e in self.log.events}
+        for event in phase.detect(self.log.records):
+            if (event.kind, event.called_at) not in told:
+                details = {"called_at": event.called_at, "confidence": event.confidence}
+                self.log.event(event.kind, event.step, **details, evidence=list(event.evidence))
+                self._tell(sentence(self.log.events[-1]))
+
+    def _tell(self, text: str) -> None:
+        if self._say:
+            self._say(text)
+
+    @property
+    def records(self) -> list[Record]:
+        """What metrics.jsonl holds; empty on other processes than the first."""
+        return self.log.records if self.log else []
+
+    @property
+    def events(self) -> list[Record]:
+        """What events.jsonl holds."""
+        return self.log.events if self.log else []
+
+    def close(self) -> list[Record]:
+        """Call the events that the last records decide, and close the files. Returns all phase events."""
+        if self.log:
+            self._announce()
+            self.log.close()
+        return [e for e in self.events if "evidence" in e]
+
+    def __enter__(self) -> "CollapseMonitor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed loop needs, beside `start`: sums of the open interval, and the untrained encoder's probe."""
+        examination = self.examination.state_dict() if self.examination else {}
+        identity = self.identity.state_dict() if self.identity else {}
+        return {"interval": self.interval.state_dict(), "examination": examination, "identity": identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.interval.load_state_dict(state["interval"])
+        if self.examination and state["examination"]:
+            self.examination.load_state_dict(state["examination"])
+        if self.identity and state["identity"]:
+            self.identity.load_state_dict(state["identity"])
+
+
+def _open(folder: str | Path | None, start: int | None) -> RunLog:
+    path = Path(folder) if folder is not None else None
+    if path is not None:
+        if start is None and (path / "metrics.jsonl").exists():
+            raise FileExistsError(
+                f"{path} holds a log already: give another folder, or start= the step to continue it from"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+    return RunLog(path, start or 0)
+
+
+def sentence(event: Record) -> str:
+    """A phase event on one line."""
+    return f"event: {event['kind'].replace('_', ' ')}, step {event['step']:,}: {'; '.join(event['evidence'])}"
