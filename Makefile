@@ -23,7 +23,7 @@ lint: .venv/installed-dev
 	.venv/bin/clang-format --dry-run -Werror csrc/*/*.cpp csrc/*/*.h
 
 bench: .venv/installed-test
-	for file in benchmarks/bench_*.py; do $(RUN) "$$file" || exit 1; done
+	$(RUN) -m benchmarks
 
 report: .venv/installed
 	$(RUN) -m jepa_fast.report

@@ -1,7 +1,9 @@
 """Rows of results: what a measurement leaves behind, one file a benchmark, only ever appended to."""
 
+import argparse
 import csv
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -65,3 +67,25 @@ def read(folder: Path = RESULTS) -> list[Row]:
             if tuple(reader.fieldnames or ()) == COLUMNS:
                 found.extend(reader)
     return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m benchmarks.rows FILE ...`: fold rows from elsewhere into results/, each once."""
+    parser = argparse.ArgumentParser(
+        description="Fold rows that were made elsewhere into benchmarks/results, each once."
+    )
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    known = {tuple(row.values()) for row in read(args.results)}
+    for path in args.files:
+        with path.open(newline="") as file:
+            new = [row for row in csv.DictReader(file) if tuple(row.values()) not in known]
+        for bench in dict.fromkeys(row.get("bench", "") for row in new):
+            append((row for row in new if row.get("bench") == bench), args.results / f"{bench}.csv")
+        print(f"{path}: {len(new)} new rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can answer, in one call of under nine minutes, on a bare machine: CUDA, torch 2.11 or newer,
+# Triton, no network. Builds here, tests, measures, trains; a part that fails or hangs does not stop the rest.
+#
+#   bash benchmarks/gpu.sh [PART ...] [--out DIR] [--peer DIR] [--wheels DIR] [--commit HASH] [--limit SECONDS] [--dry-run]
+#   bash benchmarks/gpu.sh --fetch-wheels DIR [3.12]
+#
+#   PART            build tests ema step monitor attention data checkpoint train profile; default: all, in this order
+#   --out DIR       leaves summary.txt, rows.csv, log.txt, train.jsonl, profile.txt, trace.json.gz there (default out/gpu)
+#   --peer DIR      a checkout of facebookresearch/ijepa, to be measured beside us; none of its code is in this tree
+#   --wheels DIR    wheels to use where packages are missing; --fetch-wheels fills such a folder, where there is a network
+#   --commit HASH   what to write into the rows, where the checkout has no .git
+#   --limit N       seconds for everything (530)
+#   --dry-run       the same script on a CPU with the smallest shapes: does it run?
+#
+# Fold the rows into the project afterwards with: python -m benchmarks.rows DIR/rows.csv && python -m benchmarks.table
+set -uo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && echo "$ROOT/.venv/bin/python" || echo python3)}
+# What a machine with torch, numpy, pillow, matplotlib, scikit-learn, pybind11, pytest and hypothesis still lacks.
+WHEELS="webdataset braceexpand tyro docstring_parser typeguard simplejpeg"
+ALL="build tests ema step monitor attention data checkpoint train profile"
+
+die() { echo "error: $*" >&2; exit 2; }
+
+fetch_wheels() {
+    local platforms=() n
+    for n in 28 27 17; do platforms+=(--platform "manylinux_2_${n}_x86_64"); done
+    "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version "${2:-3.12}" --implementation cp \
+        "${platforms[@]}" --platform manylinux2014_x86_64 -c "$ROOT/constraints.txt" -d "$1" $WHEELS
+}
+
+parts=() out="$ROOT/out/gpu" peer="" wheels="" dry="" limit=530
+while [ $# -gt 0 ]; do
+    case $1 in
+        --out | --peer | --wheels | --commit | --limit | --fetch-wheels)
+            [ $# -ge 2 ] || die "$1 needs a value"
+            case $1 in
+                --out) out=$2 ;;
+                --peer) [ -d "$2" ] || die "--peer $2 is not a folder"; peer=$(cd "$2" && pwd) ;;
+                --wheels) [ -d "$2" ] || die "--wheels $2 is not a folder"; wheels=$(cd "$2" && pwd) ;;
+                --commit) export JEPA_FAST_COMMIT=$2 ;;
+                --limit) limit=$2 ;;
+                --fetch-wheels) fetch_wheels "$2" "${3:-}"; exit $? ;;
+            esac
+            shift 2 ;;
+        --dry-run) dry=1; shift ;;
+        -h | --help) sed -n '2,/^set/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
+        -*) die "unknown option $1; --help lists all" ;;
+        *) case " $ALL " in *" $1 "*) parts+=("$1") ;; *) die "there is no part $1; choose from $ALL" ;; esac; shift ;;
+    esac
+done
+[ ${#parts[@]} -gt 0 ] || read -ra parts <<<"$ALL"
+mkdir -p "$out" && out=$(cd "$out" && pwd) || die "--out $out cannot be made"
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+cd "$ROOT" || exit 2
+export PYTHONPATH="$ROOT:$ROOT/kernels:$scratch/site" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLBACKEND=Agg
+export JEPA_FAST_CACHE="${JEPA_FAST_CACHE:-$scratch/cache}"
+if [ -n "$wheels" ]; then
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$scratch/site" "$wheels"/*.whl \
+        || die "the wheels in $wheels do not install here; --fetch-wheels DIR VERSION fetches those of another Python"
+fi
+missing=$("$PYTHON" -c 'import importlib.util as u, sys
+for n in "torch numpy webdataset tyro PIL simplejpeg matplotlib sklearn pytest hypothesis".split() + sys.argv[1:]:
+    if u.find_spec(n) is None: print(n, end=" ")' $([ -n "$dry" ] || echo pybind11 triton))
+[ -z "$missing" ] || die "$PYTHON lacks: $missing; with a network: make test, or --fetch-wheels DIR there and --wheels DIR here"
+
+device=cuda tiny="" gate=""
+[ -z "$dry" ] || { device=cpu; tiny=--tiny; }
+
+# ---- the parts ---------------------------------------------------------------------------------------------
+
+bench() { # NAME [OPTION ...]; a benchmark that is not there is no failure of this script
+    local name=$1; shift
+    "$PYTHON" "benchmarks/bench_$name.py" --device "$device" --out "$scratch/rows" $tiny $gate "$@"
+}
+part_build() {
+    export NPY_NUM_BUILD_JOBS=8
+    if [ -z "$dry" ]; then "$PYTHON" setup.py -q build_ext --inplace; fi
+    "$PYTHON" -c 'import torch, fused_ema, jepa_fast_C, fused_ema_C; print("backends:", fused_ema.available_backends())'
+}
+part_tests() {
+    if [ -n "$dry" ]; then
+        "$PYTHON" -m pytest -q --collect-only -m gpu tests
+    else
+        "$PYTHON" -m pytest -q -m gpu tests
+    fi
+}
+part_ema() { bench ema; }
+part_step() { bench step ${peer:+--peer "$peer"}; }
+part_monitor() { bench monitor; }
+part_attention() { bench attention; }
+part_data() { bench data; }
+part_checkpoint() { bench checkpoint; }
+part_train() { # a real run on generated 224-pixel textures: data, masks, compiled model, monitor, checkpoint, report
+    local options=(in1k-vitb16 --data.embedded textures224 --train.batch_size 256 --train.steps 60 --monitor.every 30
+        --monitor.probe_train 512 --monitor.probe_test 256)
+    [ -z "$dry" ] || options=(demo --train.steps 20 --monitor.every 20)
+    "$PYTHON" -m jepa_fast.train "${options[@]}" --run.dir "$scratch/run"
+    local code=$?
+    cp "$scratch/run/metrics.jsonl" "$out/train.jsonl"
+    cat "$scratch/run/events.jsonl"
+    return $code
+}
+part_profile() {
+    "$PYTHON" -m benchmarks.kernel_table --device "$device" $tiny --trace "$out/trace.json.gz" >"$out/profile.txt"
+    local code=$?
+    head -40 "$out/profile.txt"
+    return $code
+}
+
+# seconds a part may take; all together less than the limit
+declare -A most=([build]=75 [tests]=70 [ema]=60 [step]=110 [monitor]=75 [attention]=25 [data]=35 [checkpoint]=20 [train]=50
+    [profile]=30)
+
+# ---- one after the other -----------------------------------------------------------------------------------
+
+export -f bench
+for part in $ALL; do export -f "part_$part"; done
+export ROOT PYTHON out peer dry scratch device tiny gate
+: >"$out/log.txt"
+{
+    "$PYTHON" -c 'import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__)'
+    [ -n "$dry" ] || nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.draw,power.limit,temperature.gpu --format=csv
+} 2>&1 | tee -a "$out/log.txt"
+
+collect() { # all rows so far in one file: what is cut off later still leaves them
+    [ -d "$scratch/rows" ] || return 0
+    { cat "$scratch"/rows/*.csv | head -n 1; tail -q -n +2 "$scratch"/rows/*.csv; } >"$out/rows.csv"
+}
+
+outcomes=() failed=0
+for part in "${parts[@]}"; do
+    left=$((limit - SECONDS))
+    bound=$((most[$part] < left ? most[$part] : left))
+    began=$SECONDS
+    if [ $bound -lt 5 ]; then
+        outcome="not started: no time left"
+    else
+        echo "== $part" | tee -a "$out/log.txt"
+        timeout --kill-after=5 "$bound" bash -c "part_$part" 2>&1 | tee -a "$out/log.txt" | tail -n 25
+        code=${PIPESTATUS[0]}
+        case $code in
+            0) outcome=done ;;
+            124 | 137) outcome="stopped after $bound s" ;;
+            *) outcome="failed with exit code $code" ;;
+        esac
+    fi
+    [ "$outcome" = done ] || failed=1
+    # Tests that were green in this call need not run again before each benchmark.
+    if [ "$part" = tests ] && [ "$outcome" = done ]; then gate=--ungated; fi
+    outcomes+=("$(printf '%-12s %4d s  %s' "$part" $((SECONDS - began)) "$outcome")")
+    collect
+done
+
+{
+    echo
+    [ ! -d "$scratch/rows" ] || "$PYTHON" -m benchmarks.table --text --results "$scratch/rows"
+    echo
+    printf '%s\n' "${outcomes[@]}"
+    echo "$SECONDS s in all; results in $out"
+} 2>&1 | tee "$out/summary.txt"
+exit $failed

@@ -1,0 +1,55 @@
+"""A training step of a preset on random images, in the parts that train.py makes it of. For benchmarks and traces.
+
+The images are noise: the work does not depend on what they show, and nothing is timed on zeros. One batch is used
+again and again; masks are the preset's own, sampled once.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jepa_fast import optim, parallel
+from jepa_fast.config import Config, replace
+from jepa_fast.data.masks import sample_masks
+from jepa_fast.data.packing import plan
+from jepa_fast.ema import TargetEMA
+from jepa_fast.model.jepa import JEPA, Output
+from jepa_fast.parallel import World
+from jepa_fast.presets import preset
+
+
+class OneStep:
+    """Model, optimizer, EMA and one batch. `parts` are called in the order of train.py's loop."""
+
+    def __init__(self, name: str, batch: int, device: torch.device, changes: dict | None = None):
+        self.config: Config = replace(preset(name), {"train.batch_size": batch} | (changes or {}))
+        self.world, self.batch = World(0, 1, device), batch
+        torch.manual_seed(0)
+        self.jepa = JEPA(self.config).to(device)
+        self.model = parallel.distribute(self.jepa, self.world)
+        self.optimizer = optim.build(self.jepa, self.config.optim)
+        self.ema = TargetEMA(self.jepa)
+        self.decay = self.config.ema.decay
+        self.inputs = self.images(batch).to(device)
+        rows = np.arange(batch)
+        masks = sample_masks(self.config.masks, self.config.grid, 0, 0, np.zeros(batch, np.int64), rows)
+        self.masks = plan(masks, int(np.prod(self.config.grid))).to(device)
+
+    def images(self, count: int, seed: int = 0) -> Tensor:
+        data, generator = self.config.data, torch.Generator().manual_seed(seed)
+        shape = (count, data.channels, data.image_size, data.image_size)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    def forward(self) -> Output:
+        with parallel.precision(self.config, self.world):
+            return self.model(self.inputs, self.masks)
+
+    def learn(self, output: Output) -> Tensor:
+        """Backward and optimizer; whether the step was made, on the device."""
+        output.loss.backward()
+        return optim.step_if_finite(self.optimizer, output.loss, self.config.optim.clip)
+
+    def __call__(self) -> None:
+        """A whole step as between two log steps: nothing is read back."""
+        output = self.forward()
+        self.ema.update(self.decay, gate=self.learn(output))
