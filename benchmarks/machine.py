@@ -20,7 +20,8 @@ def environment(device: torch.device) -> dict[str, str]:
         name = torch.cuda.get_device_name(device)
         driver = output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).partition("\n")[0]
     else:
-        name, driver = f"{_cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads", ""
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        name, driver = f"{_cpu_name()}, {torch.get_num_threads()} of {usable} threads", ""
     try:  # not imported: TRITON_INTERPRET would no longer take effect
         triton_version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
