@@ -1,53 +1,70 @@
-// The three element types: how each is loaded as float32 and stored back, rounded to nearest, ties to even.
-// Written with integers only, so that every compiler vectorises them and none needs hardware half precision.
-#pragma once
+// The three element types: how a vector of them is loaded as float32 and stored back, rounded to nearest, ties to even.
+//
+// Included once for each instruction set, by pass.h, into a namespace of its own; TARGET names the set and LANES the
+// float32 of a register. Vectors are the compilers' own (GCC's and clang's) and conversions are integers only: no
+// intrinsics, no hardware half precision, one source for x86-64 and aarch64.
 
-#include <cstdint>
-#include <cstring>
+#define INLINE TARGET __attribute__((always_inline)) inline
 
-inline float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint32_t UnsignedWords __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+template <class Vector>
+INLINE Vector read(const void* address) {
+    Vector value;
+    std::memcpy(&value, address, sizeof value);
     return value;
 }
 
-inline uint32_t to_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
+template <class Vector>
+INLINE void write(void* address, Vector value) {
+    std::memcpy(address, &value, sizeof value);
 }
+
+INLINE Words widen(Halves half) { return (Words) __builtin_convertvector(half, UnsignedWords); }
+INLINE Halves narrow(Words word) { return __builtin_convertvector((UnsignedWords)word, Halves); }
 
 struct Float32 {
     using Stored = float;
-    static float load(float value) { return value; }
-    static float store(float value) { return value; }
+    static INLINE Floats load(const float* from) { return read<Floats>(from); }
+    static INLINE Floats store(Floats value, float* to) {
+        write(to, value);
+        return value;
+    }
 };
 
+// store returns what was stored, as float32 again.
 struct BFloat16 {
     using Stored = uint16_t;
-    static float load(uint16_t half) { return from_bits(static_cast<uint32_t>(half) << 16); }
-    static uint16_t store(float value) {
-        const uint32_t bits = to_bits(value);
-        const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-        return static_cast<uint16_t>(is_nan ? ((bits >> 16) | 0x40) : rounded);
+    static INLINE Floats load(const uint16_t* from) { return widened(read<Halves>(from)); }
+    static INLINE Floats store(Floats value, uint16_t* to) {
+        const Words bits = (Words)value, odd = (bits >> 16) & 1;
+        const Words is_nan = (bits & 0x7fffffff) > 0x7f800000;
+        const Words rounded = ((is_nan ? bits | 0x400000 : bits + 0x7fff + odd) >> 16) & 0xffff;
+        write(to, narrow(rounded));
+        return (Floats)(rounded << 16);
     }
+    static INLINE Floats widened(Halves half) { return (Floats)(widen(half) << 16); }
 };
 
 struct Float16 {
     using Stored = uint16_t;
-    static float load(uint16_t half) {
-        const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7fff;
-        const float small = static_cast<float>(static_cast<int32_t>(rest)) * 5.9604644775390625e-08f;  // rest * 2^-24
-        const uint32_t normal = (rest << 13) + 0x38000000;
-        const uint32_t special = 0x7f800000 | (rest << 13);
-        return from_bits(sign | (rest < 0x400 ? to_bits(small) : rest < 0x7c00 ? normal : special));
+    static INLINE Floats load(const uint16_t* from) { return widened(widen(read<Halves>(from))); }
+    static INLINE Floats store(Floats value, uint16_t* to) {
+        const Words bits = (Words)value, sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+        const Words small = (Words)((Floats)rest + 0.5f) - 0x3f000000;  // the adder rounds at 2^-24
+        const Words normal = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
+        const Words special = rest > 0x7f800000 ? sign - sign + 0x7e00 : sign - sign + 0x7c00;
+        const Words half = sign | (rest < 0x38800000 ? small : rest < 0x477ff000 ? normal : special);
+        write(to, narrow(half));
+        return widened(half);
     }
-    static uint16_t store(float value) {
-        const uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
-        const uint32_t small = to_bits(from_bits(rest) + 0.5f) - 0x3f000000;  // the adder rounds at 2^-24
-        const uint32_t normal = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
-        const uint32_t nan_or_inf = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
-        return static_cast<uint16_t>(sign | (rest < 0x38800000 ? small : rest < 0x477ff000 ? normal : nan_or_inf));
+    static INLINE Floats widened(Words half) {
+        const Words sign = (half & 0x8000) << 16, rest = half & 0x7fff;
+        const Words small = (Words)(__builtin_convertvector(rest, Floats) * 5.9604644775390625e-08f);  // rest * 2^-24
+        const Words normal = (rest << 13) + 0x38000000, special = 0x7f800000 | (rest << 13);
+        return (Floats)(sign | (rest < 0x400 ? small : rest < 0x7c00 ? normal : special));
     }
 };

@@ -15,7 +15,7 @@ from fused_ema.check import FLOATS
 from fused_ema.plan import Plan
 from fused_ema.reference import ema_update_reference
 
-EXTENSION_ABI = 3  # of fused_ema_C; raised together with the C++ side
+EXTENSION_ABI = 4  # of fused_ema_C; raised together with the C++ side
 BACKENDS = ("auto", "triton", "cpp", "torch")
 
 
