@@ -290,7 +290,7 @@ REFUSED = {
     ),
     "overlap": (lambda t, s: {"targets": [SHARED[:4], SHARED[2:8]]}, ValueError, "target 0 and target 1 overlap"),
     "expanded": (lambda t, s: {"targets": [torch.zeros(1).expand(4), t[1]]}, ValueError, "target 0 overlaps itself"),
-    "its own source": (lambda t, s: {"sources": [s[0], t[1]]}, ValueError, "target 1 and source 1 are the same memory"),
+    "its own source": (lambda t, s: {"sources": [s[0], t[1]]}, ValueError, "target 1 and source 1 overlap"),
     "few layers": (lambda t, s: {"layers": [0]}, ValueError, "1 layer numbers for 2 tensors"),
     "negative layer": (lambda t, s: {"layers": [0, -1]}, ValueError, r"layers\[1\] is -1"),
     "fractional layer": (lambda t, s: {"layers": [0.5, 1]}, TypeError, r"layers\[0\] is 0.5"),

@@ -18,10 +18,8 @@ def check_pairs(targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Se
             )
     for i, copy in enumerate(copies):
         check_pair(f"copy {i}", copy, f"target {i}", targets[i])
-    check_overlap(
-        [(f"target {i}", t) for i, t in enumerate(targets)] + [(f"copy {i}", c) for i, c in enumerate(copies)]
-    )
-    check_disjoint(targets, sources)
+    written = [(f"target {i}", t) for i, t in enumerate(targets)] + [(f"copy {i}", c) for i, c in enumerate(copies)]
+    check_overlap(written, [(f"source {i}", s) for i, s in enumerate(sources)])
 
 
 def check_materialised(targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
@@ -57,31 +55,41 @@ def check_layers(layers: Sequence[int], num_tensors: int) -> None:
             raise ValueError(f"layers[{i}] is {layer}; layer numbers are whole numbers from 0")
 
 
-def check_overlap(written: Sequence[tuple[str, Tensor]]) -> None:
-    """Writing one place twice would average twice."""
+def check_gate(gate: Tensor, device: torch.device) -> None:
+    if not isinstance(gate, Tensor) or gate.dtype != torch.bool or gate.ndim:
+        what = f"{gate.dtype} {list(gate.shape)}" if isinstance(gate, Tensor) else type(gate).__name__
+        raise TypeError(f"gate must be a 0-dim bool tensor, got {what}")
+    if gate.device != device:
+        raise ValueError(f"gate is on {gate.device}, the targets on {device}")
+
+
+def check_overlap(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor]]) -> None:
+    """Writing one place twice would average twice; reading a place that is written would depend on the order."""
     spans = []
-    for name, tensor in written:
-        if tensor.numel():
-            if _extent(tensor) < tensor.numel() or any(
-                s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True)
-            ):
+    for tensors, writes in ((written, True), (read, False)):
+        for name, tensor in tensors:
+            if not tensor.numel():
+                continue
+            if writes and _overlaps_itself(tensor):
                 raise ValueError(f"{name} overlaps itself (an expanded view); give it storage of its own")
-            spans.append((*_span(tensor), name, tensor))
+            spans.append((*_span(tensor), name, tensor, writes))
     spans.sort(key=lambda span: span[0])
-    reaching: list[tuple[int, int, str, Tensor]] = []
-    for begin, end, name, tensor in spans:
-        reaching = [span for span in reaching if span[1] > begin]
-        for _, _, before, earlier in reaching:
-            if not _interleaved(earlier, tensor):
-                raise ValueError(f"{before} and {name} overlap in memory; pass shared storage once")
-        reaching.append((begin, end, name, tensor))
+    reaching: list[tuple[int, int, str, Tensor, bool]] = []
+    for span in spans:
+        begin, _, name, tensor, writes = span
+        reaching = [earlier for earlier in reaching if earlier[1] > begin]
+        for _, _, other_name, other, other_writes in reaching:
+            if (writes or other_writes) and not _interleaved(other, tensor):
+                one, two = (name, other_name) if writes and not other_writes else (other_name, name)
+                mend = "pass shared storage once" if writes and other_writes else "the average needs storage of its own"
+                raise ValueError(f"{one} and {two} overlap in memory; {mend}")
+        reaching.append(span)
 
 
-def check_disjoint(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """A target that is its own source would have nothing to average."""
-    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        if target.numel() and target.data_ptr() == source.data_ptr():
-            raise ValueError(f"target {i} and source {i} are the same memory; the average needs storage of its own")
+def _overlaps_itself(tensor: Tensor) -> bool:
+    return _extent(tensor) < tensor.numel() or any(
+        s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def _extent(tensor: Tensor) -> int:

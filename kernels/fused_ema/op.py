@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from fused_ema.backends import available_backends, choose_backend, make_plan
-from fused_ema.check import check_layers, check_materialised, check_pairs
+from fused_ema.check import check_gate, check_layers, check_materialised, check_pairs
 from fused_ema.plan import Plan, PlanCache
 
-_PLAIN = (Tensor, Parameter)
+_PLAIN = {Tensor, Parameter}
 _plans = PlanCache(capacity=64)
 
 
@@ -52,13 +53,11 @@ def ema_update_(
     stats: False measures nothing: the result is NaN. Where memory is the limit that saves no time.
     Raises ValueError or TypeError, naming the tensor, before anything is written. No host synchronisation.
     """
-    targets, sources = [local(t) for t in targets], [local(s) for s in sources]
-    copied = [local(c) for c in copies] if copies is not None else []
+    targets, sources, copied = locals_of(targets), locals_of(sources), locals_of(copies or ())
     if len(targets) != len(sources):
         raise ValueError(f"{len(targets)} targets but {len(sources)} sources; they must pair up")
     if copied and len(copied) != len(targets):
         raise ValueError(f"{len(targets)} targets but {len(copied)} copies; give one for each target, or none")
-    check_materialised(targets, sources, copied)
     if layers is None:
         numbers_ = list(range(len(targets)))
     else:
@@ -67,18 +66,20 @@ def ema_update_(
     device = targets[0].device if targets else torch.device("cpu")
     weight = _weight(decay, device)
     if gate is not None:
-        if gate.dtype != torch.bool or gate.ndim:
-            raise TypeError(f"gate must be a 0-dim bool tensor, got {gate.dtype} {list(gate.shape)}")
-        if gate.device != device:
-            raise ValueError(f"gate is on {gate.device}, the targets on {device}")
+        check_gate(gate, device)
     num_layers = max(numbers_) + 1 if numbers_ else 0
+    arguments = (targets, sources, copied, weight, gate, numbers_, num_layers, backend, stats)
     with torch.no_grad():
-        sums = torch.ops.fused_ema.update_(targets, sources, copied, weight, gate, numbers_, num_layers, backend, stats)
+        if _traced(targets):
+            check_materialised(targets, sources, copied)
+            sums = torch.ops.fused_ema.update_(*arguments)
+        else:
+            sums = _run(*arguments)
+            increment_version([*targets, *copied])  # as the operator does: autograd sees that its saved tensors changed
     return LayerStats(*sums.unbind(0))
 
 
-@torch.library.custom_op("fused_ema::update_", mutates_args=("targets", "copies"))
-def _update(
+def _run(
     targets: list[Tensor],
     sources: list[Tensor],
     copies: list[Tensor],
@@ -89,17 +90,20 @@ def _update(
     backend: str,
     measure: bool,
 ) -> Tensor:
-    """Returns float64 [3, num_layers]. Addresses are known only here, so this is where pairs are checked and planned."""
-
+    """Returns float64 [3, num_layers]. Addresses are known here, so this is where pairs are checked and planned."""
     chosen = choose_backend(backend, weight.device)
 
     def build() -> Plan:
+        check_materialised(targets, sources, copies)
         check_pairs(targets, sources, copies)
         return make_plan(chosen, targets, sources, copies, layers, num_layers)
 
     plan = _plans.get(chosen, targets, sources, copies, layers, build)
     sums = plan.run(targets, sources, copies, weight, gate, measure)
     return sums if measure else weight.new_full((3, num_layers), math.nan)
+
+
+_update = torch.library.custom_op("fused_ema::update_", _run, mutates_args=("targets", "copies"))
 
 
 @_update.register_fake
@@ -112,6 +116,20 @@ def local(tensor: Tensor) -> Tensor:
     if type(tensor) in _PLAIN or not hasattr(tensor, "to_local"):
         return tensor
     return tensor.to_local() if torch.compiler.is_compiling() else tensor._local_tensor  # type: ignore[attr-defined]
+
+
+def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return list(tensors) if _PLAIN.issuperset(map(type, tensors)) else [local(t) for t in tensors]
+
+
+def _traced(tensors: Sequence[Tensor]) -> bool:
+    """Whether somebody looks on and must see an operator (compile, export, fake tensors). Else the kernel is called
+    directly: the dispatcher takes 2 microseconds a tensor, which is more than a small model's update."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or not _PLAIN.issuperset(map(type, tensors))
+    )
 
 
 def _weight(decay: float | Tensor, device: torch.device) -> Tensor:

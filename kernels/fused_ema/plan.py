@@ -1,6 +1,5 @@
 """A plan: everything about a list of tensors that does not change from step to step, kept until an address changes."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
@@ -24,15 +23,15 @@ class Plan(Protocol):
 
 
 class PlanCache:
-    """Plans by what they depend on: addresses, lengths, dtypes and layout of every tensor, and the layers.
+    """Plans by what they depend on: addresses, shapes, dtypes and layout of every tensor, and the layers.
 
     A tensor freed and replaced by another at the same address with the same description needs the same plan, so an
-    entry never goes stale. Non-contiguous views are planned anew each time.
+    entry never goes stale. Non-contiguous views are planned anew each time. No device: an address says it.
     """
 
     def __init__(self, capacity: int):
         self._capacity = capacity
-        self._entries: OrderedDict[Hashable, Plan] = OrderedDict()
+        self._entries: dict[Hashable, Plan] = {}
 
     def get(
         self,
@@ -44,16 +43,13 @@ class PlanCache:
         build: Callable[[], Plan],
     ) -> Plan:
         tensors = [*targets, *sources, *copies]
-        if not all([t.is_contiguous() for t in tensors]):  # noqa: C419  a list is the faster of the two here
+        if not all(map(Tensor.is_contiguous, tensors)):  # nor is a sparse tensor
             return build()
-        pointers, shapes = [t.data_ptr() for t in tensors], [t.shape for t in tensors]
-        key = (backend, len(targets), *pointers, *shapes, *[t.dtype for t in tensors], *layers)
-        key += tuple({t.device for t in tensors}) + tuple(t.requires_grad and not t.is_leaf for t in targets)
-        plan = self._entries.get(key)
-        if plan is None:
-            plan = self._entries[key] = build()
-            if len(self._entries) > self._capacity:
-                self._entries.popitem(last=False)
-        else:
-            self._entries.move_to_end(key)
+        in_graph = any([t.requires_grad and not t.is_leaf for t in targets])  # noqa: C419  a list is the faster here
+        shapes, dtypes = tuple([t.shape for t in tensors]), tuple([t.dtype for t in tensors])
+        key = (backend, len(targets), tuple(map(Tensor.data_ptr, tensors)), shapes, dtypes, tuple(layers), in_graph)
+        plan = self._entries.pop(key, None) or build()
+        self._entries[key] = plan  # as the youngest
+        if len(self._entries) > self._capacity:
+            self._entries.pop(next(iter(self._entries)), None)
         return plan
