@@ -4,9 +4,11 @@ The images are noise: the work does not depend on what they show, and nothing is
 again and again; masks are the preset's own, sampled once.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jepa_fast import optim, parallel
 from jepa_fast.config import Config, replace
@@ -21,12 +23,16 @@ from jepa_fast.presets import preset
 class OneStep:
     """Model, optimizer, EMA and one batch. `parts` are called in the order of train.py's loop."""
 
-    def __init__(self, name: str, batch: int, device: torch.device, changes: dict | None = None):
+    def __init__(
+        self, name: str, batch: int, device: torch.device, changes: dict | None = None,
+        wrap: Callable[[JEPA], nn.Module] | None = None,
+    ):  # fmt: skip
+        """`wrap` shards or wraps the model for several processes in another way than parallel.distribute."""
         self.config: Config = replace(preset(name), {"train.batch_size": batch} | (changes or {}))
         self.world, self.batch = World(0, 1, device), batch
         torch.manual_seed(0)
         self.jepa = JEPA(self.config).to(device)
-        self.model = parallel.distribute(self.jepa, self.world)
+        self.model = wrap(self.jepa) if wrap else parallel.distribute(self.jepa, self.world)
         self.optimizer = optim.build(self.jepa, self.config.optim)
         self.ema = TargetEMA(self.jepa)
         self.decay = self.config.ema.decay

@@ -83,6 +83,23 @@ def block_ops(lengths: Sequence[int], width: int, hidden: int, residual: int = 2
     ]
 
 
+def eager_block_ops(lengths: Sequence[int], width: int, hidden: int, heads: int) -> list[Op]:
+    """The same block as PyTorch runs it operation by operation under autocast, attention written out, float32 residuals.
+
+    Per score: written in bf16, scaled, softmax into float32, cast, read by the second product: 20 bytes. Weights are
+    cast from float32 in every forward.
+    """
+    t, d, h = sum(lengths), width, hidden
+    weights = d * (4 * d + 2 * h)
+    scores = heads * sum(n * n for n in lengths)
+    return [
+        Op("matrix products", 2 * t * weights, 2 * t * (9 * d + 2 * h) + (6 + 2) * weights),
+        Op("attention", 4 * d * sum(n * n for n in lengths), 20 * scores + 2 * t * (4 * d + 8 * d)),
+        Op("LayerNorm and residual", 0, 2 * t * d * (10 + 8 + 6)),
+        Op("GELU", 0, 2 * t * 2 * h),
+    ]
+
+
 def backward(ops: Iterable[Op]) -> list[Op]:
     """Of the same operations: two products for each, and the traffic of gradients and of what was kept."""
     extra = {"matrix products": 2.0, "attention": 2.0, "LayerNorm and residual": 1.0, "GELU": 1.5}
@@ -90,14 +107,18 @@ def backward(ops: Iterable[Op]) -> list[Op]:
     return [Op(op.name, flops.get(op.name, 0) * op.flops, extra[op.name] * op.bytes) for op in ops]
 
 
-def stages(name: str, mode: str, residual: int = 2) -> dict[str, list[Op]]:
-    """{stage: operations} of one training step."""
+def stages(name: str, mode: str, residual: int = 2, eager: bool = False) -> dict[str, list[Op]]:
+    """{stage: operations} of one training step; `eager`: as facebookresearch/ijepa makes it, at the same token counts."""
     config, counts = _config(name, mode), tokens(name, mode)
     m = config.model
     encoder, predictor = parameters(name)
 
     def tower(lengths: Sequence[int], width: int, depth: int, trained: bool) -> list[Op]:
-        forward = block_ops(lengths, width, round(width * m.mlp_ratio), residual)
+        hidden = round(width * m.mlp_ratio)
+        if eager:
+            forward = eager_block_ops(lengths, width, hidden, m.heads)
+        else:
+            forward = block_ops(lengths, width, hidden, residual)
         ops = forward + (backward(forward) if trained else [])
         return [Op(op.name, depth * op.flops, depth * op.bytes) for op in ops]
 
@@ -106,7 +127,7 @@ def stages(name: str, mode: str, residual: int = 2) -> dict[str, list[Op]]:
         "context encoder": tower(counts.context, m.width, m.depth, trained=True),
         "predictor": tower(counts.predictor, m.predictor_width, m.predictor_depth, trained=True),
         "optimizer": [Op("AdamW, 28 B a parameter", 0, 28.0 * (encoder + predictor))],
-        "EMA": [Op("EMA and distances, 12 B a parameter", 0, 12.0 * encoder)],
+        "EMA": [Op(f"EMA, {28 if eager else 12} B a parameter", 0, (28.0 if eager else 12.0) * encoder)],
     }
 
 
@@ -143,22 +164,25 @@ def reduce_scatter(size: float, ranks: int) -> float:
     return (ranks - 1) / ranks * size
 
 
-def communication(encoder: int, predictor: int, mode: str, ranks: int, node: int = 8) -> dict[str, float]:
-    """Bytes one GPU sends in a step: {'inside a node', 'between nodes'}; parameters are gathered in bf16, gradients
-    reduced in fp32. Modes: ddp, fsdp (parameters resharded after the forward), fsdp-keep (not resharded), hsdp (sharded
-    inside a node, replicated between nodes). Between nodes: of a ring through all, every GPU is the exit of one of
-    `node` parallel rings, each with a port of its own and its share of the volume.
+def communication(
+    encoder: int, predictor: int, mode: str, ranks: int, node: int = 8, gathered: int = 2
+) -> dict[str, float]:
+    """Bytes one GPU sends in a step: {'inside a node', 'between nodes'}, of so many parameters.
+
+    Parameters are gathered in `gathered` bytes (bf16), gradients reduced in float32. Modes: ddp, fsdp (resharded after
+    the forward), fsdp-keep (not resharded), hsdp (sharded inside a node, replicated between nodes). Of a ring through
+    several nodes every GPU is the exit of one of `node` parallel rings, each with a port and a share of its own.
     """
     trained = encoder + predictor
     gathers = {"ddp": 0, "fsdp": 2 * trained + encoder, "fsdp-keep": trained + encoder, "hsdp": 2 * trained + encoder}
+    if mode == "hsdp":
+        shards = min(node, ranks)
+        inside = all_gather(gathered * gathers[mode], shards) + reduce_scatter(4 * trained, shards)
+        return {"inside a node": inside, "between nodes": all_reduce(4 * trained / shards, max(1, ranks // node))}
     if mode == "ddp":
         sent = all_reduce(4 * trained, ranks)
-    elif mode == "hsdp":
-        shards = min(node, ranks)
-        inside = all_gather(2 * gathers[mode], shards) + reduce_scatter(4 * trained, shards)
-        return {"inside a node": inside, "between nodes": all_reduce(4 * trained / shards, max(1, ranks // node))}
     else:
-        sent = all_gather(2 * gathers[mode], ranks) + reduce_scatter(4 * trained, ranks)
+        sent = all_gather(gathered * gathers[mode], ranks) + reduce_scatter(4 * trained, ranks)
     return {"inside a node": sent, "between nodes": sent / node if ranks > node else 0.0}
 
 
@@ -199,6 +223,24 @@ def step_table(mode: str = "packed") -> str:
     header = ["model", "GFLOP an image"]
     for gpu in ("H100", "H200"):
         header += [f"{gpu}: floor, ms", "MFU there, of datasheet", "images/s there"]
+    return markdown(header, lines)
+
+
+def peer_table(mode: str = "reference") -> str:
+    """The floors of the same work, eager and fused: what arithmetic alone promises of the ratio to ijepa."""
+    lines = []
+    for label, name in MODELS.items():
+        cells = []
+        for gpu in ("H100", "H200"):
+            ours, theirs = (
+                sum(op.seconds(gpu) for ops in stages(name, mode, eager=e).values() for op in ops)
+                for e in (False, True)
+            )
+            cells += [f"{1e3 * ours:.1f}", f"{1e3 * theirs:.1f}", f"{theirs / ours:.2f}"]
+        lines.append([label, *cells])
+    header = ["model"]
+    for gpu in ("H100", "H200"):
+        header += [f"{gpu}: fused, ms", "eager, ms", "ratio"]
     return markdown(header, lines)
 
 
@@ -265,6 +307,7 @@ def communication_table() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "ema": ema_table,
     "step": step_table,
+    "peer": peer_table,
     "tokens": token_table,
     "roofline": roofline_table,
     "residual": residual_table,

@@ -1,14 +1,19 @@
 """A benchmark's numbers can be trusted: what is wrong is not timed, rows say where they come from and are never lost."""
 
 import csv
+import os
+import re
+import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import harness, machine, rows
+from benchmarks import __main__ as everything
+from benchmarks import harness, machine, rows, table
 from benchmarks.harness import Bench, arguments
 
 ROOT = Path(__file__).parent.parent
@@ -137,8 +142,6 @@ def test_nothing_is_timed_while_a_test_of_the_unit_is_red(tmp_path):
     with pytest.raises(SystemExit, match="not green"):
         start(tmp_path, tests=[str(red)])
     assert not (tmp_path / "toy.csv").exists()
-    red.write_text("def test_green():\n    assert 2 == 2\n")
-    start(tmp_path, tests=[str(red)])
 
 
 def test_a_name_is_given_once(tmp_path):
@@ -232,6 +235,123 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path):
         start(tmp_path, "--device", "cuda")
 
 
+# ---- documents from rows -----------------------------------------------------------------------------------
+
+
+def toy_rows(p50="2", date="2026-01-02 03:04", provider="ours", metric="ms", device="A CPU"):
+    row = rows.make(
+        "toy", provider, "small", "float32", metric, "ms" if metric == "ms" else "1", [1.0, float(p50), 9.0]
+    )
+    where = {"device": device, "driver": "", "torch": "2.13.0", "triton": "", "commit": "abc1234", "date": date}
+    return row | where
+
+
+DOCUMENT = (
+    "# Title\n\n<!-- begin rows toy -->\nold\n<!-- end -->\n\nBy hand.\n\n<!-- begin computed ema -->\n<!-- end -->\n"
+)
+
+
+def render_into(tmp_path, found):
+    folder = tmp_path / "root" / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "README.md").exists():
+        (folder / "README.md").write_text(DOCUMENT)
+    (tmp_path / "toy.csv").unlink(missing_ok=True)
+    rows.append(found, tmp_path / "toy.csv")
+    options = ["--results", str(tmp_path), "--root", str(tmp_path / "root")]
+    assert table.main(options) == 0 and table.main([*options, "--check"]) == 0
+    return (folder / "README.md").read_text()
+
+
+def test_documents_are_filled_from_the_newest_rows_and_stay_as_they_are_elsewhere(tmp_path, capsys):
+    old, new = toy_rows("3", "2026-01-01 00:00"), toy_rows("2")
+    text = render_into(tmp_path, [old, new])
+    assert "By hand." in text and "old" not in text
+    assert "| small | float32 | ours | 2 (1.4 to 6.2) |" in text and "abc1234" in text and "| 3 |" not in text
+    assert "| B/16 |" in text  # what is computed
+    figure = tmp_path / "root" / "benchmarks" / "figures" / "toy-a-cpu.svg"
+    assert "(figures/toy-a-cpu.svg)" in text and "ours" in figure.read_text()
+    before = figure.read_bytes()
+    assert render_into(tmp_path, [old, new]) == text and figure.read_bytes() == before
+    table.main(["--results", str(tmp_path), "--text"])
+    assert "toy small float32" in capsys.readouterr().out
+
+
+def test_a_document_out_of_date_is_told(tmp_path, capsys):
+    render_into(tmp_path, [toy_rows("2")])
+    rows.append([toy_rows("1", "2027-01-01 00:00")], tmp_path / "toy.csv")
+    options = ["--results", str(tmp_path), "--root", str(tmp_path / "root"), "--check"]
+    assert table.main(options) == 1
+    assert "README.md is out of date" in capsys.readouterr().out
+
+
+def test_a_benchmark_without_rows_says_how_to_measure():
+    assert "python -m benchmarks toy" in table.section("toy", [], [], "figures")
+
+
+def test_the_documents_of_this_checkout_are_up_to_date():
+    assert table.main(["--check"]) == 0, "run python -m benchmarks.table"
+
+
+def test_rows_from_elsewhere_are_folded_in_once(tmp_path):
+    from_gpu = tmp_path / "gpu.csv"
+    rows.append([toy_rows("2"), toy_rows("4", provider="theirs")], from_gpu)
+    for _ in range(2):
+        assert rows.main([str(from_gpu), "--results", str(tmp_path / "results")]) == 0
+    assert len(rows.read(tmp_path / "results")) == 2
+
+
+# ---- the programmes ------------------------------------------------------------------------------------------
+
+
+def test_the_cpu_set_fits_into_ten_minutes_and_knows_every_benchmark():
+    assert sum(everything.LIMITS.values()) < 600
+    assert {p.stem.removeprefix("bench_") for p in (ROOT / "benchmarks").glob("bench_*.py")} <= set(everything.LIMITS)
+
+
+def test_a_benchmark_that_hangs_is_stopped_with_its_children(tmp_path):
+    program = tmp_path / "bench_hangs.py"
+    program.write_text("import subprocess\nsubprocess.run(['sleep', '60'])\n")
+    assert everything.run(program, [], limit=1.0).startswith("stopped")
+    program.write_text("raise SystemExit(3)\n")
+    assert everything.run(program, [], limit=30.0) == "failed with exit code 3"
+
+
+def gpu(*options):
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *options]
+    environment = os.environ | {"PYTHON": sys.executable}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [(["nope"], "there is no part nope"), (["--speed"], "unknown option"), (["--peer", "/none"], "--peer")],
+)
+def test_the_gpu_programme_refuses_what_it_does_not_know(options, said):
+    done = gpu(*options)
+    assert done.returncode == 2 and said in done.stderr
+
+
+def test_the_gpu_programme_is_bounded_part_by_part_and_goes_on_after_a_failure(tmp_path):
+    done = gpu("--dry-run", "--limit", "0", "build", "tests", "--out", str(tmp_path / "a folder"))
+    assert done.returncode == 1 and "not started: no time left" in done.stdout
+    summary = (tmp_path / "a folder" / "summary.txt").read_text()
+    assert "build" in summary and "tests" in summary
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    bounds = re.search(r"declare -A most=\((.*?)\)", script, re.DOTALL)[1]
+    assert sum(int(n) for n in re.findall(r"\]=(\d+)", bounds)) <= 530 and "limit=530" in script
+
+
+def test_the_gpu_programme_knows_which_wheels_a_bare_machine_lacks():
+    """Every dependency is either what a machine with torch has anyway, or among the wheels."""
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    brought = set(re.search(r'^WHEELS="(.*)"', script, re.MULTILINE)[1].split())
+    has = {"torch", "numpy", "pillow", "matplotlib", "scikit-learn", "pytest", "hypothesis", "triton"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    assert {re.match(r"[\w-]+", w)[0] for w in wanted} <= brought | has
+
+
 # ---- the committed rows ------------------------------------------------------------------------------------
 
 
@@ -248,6 +368,8 @@ def test_committed_rows_are_whole(path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("bench_*.py")), ids=lambda p: p.stem)
-def test_every_benchmark_says_how_it_is_called(path):
-    done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "--rounds" in done.stdout, done.stderr
+def test_every_benchmark_says_how_it_is_called(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not ended.value.code and "--rounds" in capsys.readouterr().out

@@ -1,0 +1,70 @@
+"""Predictions are arithmetic that can be checked: against the model's own operations, and against bytes on a wire."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import count_bytes, predict
+from benchmarks.one_step import OneStep
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts by /proc")
+
+
+def test_operations_are_those_the_model_performs():
+    """Of equally long sequences (no padding), forward and backward, all but embeddings and projections."""
+    step = OneStep("textures", 8, torch.device("cpu"), {"masks.mode": "subsampled", "masks.context_tokens": 8})
+    with FlopCounterMode(display=False) as counter:
+        step.forward().loss.backward()
+    m, masks = step.config.model, step.masks
+    blocks = {
+        "target": (m.width, m.depth, [step.inputs.shape[-1] ** 2 // m.patch**2] * 8, 1),
+        "context": (m.width, m.depth, masks.context_cu.diff().tolist(), 3),
+        "predictor": (m.predictor_width, m.predictor_depth, masks.predictor_cu.diff().tolist(), 3),
+    }
+    counted = counter.get_total_flops()
+    predicted = 0.0
+    for width, depth, lengths, passes in blocks.values():
+        ops = predict.block_ops(lengths, width, 4 * width)
+        predicted += passes * depth * sum(op.flops for op in ops)
+    assert 0.9 < predicted / counted < 1.05
+
+
+def test_token_counts_are_those_of_the_masks_drawn():
+    counts = predict.tokens("in1k-vitb16", "packed", images=8)
+    assert counts.full == [196] * 8 and len(counts.context) == 8 and len(counts.predictor) == 32
+    assert all(c < p for c, p in zip(np.repeat(counts.context, 4), counts.predictor, strict=True))
+    shortest = predict.tokens("in1k-vitb16", "reference", images=8)
+    assert len(set(shortest.context)) == 1, "the reference cuts all contexts of a group to the shortest"
+
+
+def test_a_ring_all_reduce_is_a_reduce_scatter_and_an_all_gather():
+    for ranks in (2, 8, 64):
+        both = predict.reduce_scatter(1e9, ranks) + predict.all_gather(1e9, ranks)
+        assert predict.all_reduce(1e9, ranks) == pytest.approx(both)
+    assert predict.all_reduce(1e9, 1) == 0 == predict.all_gather(1e9, 1)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "fsdp-keep", "hsdp"])
+def test_one_gpu_sends_nothing_and_one_node_nothing_outside(mode):
+    assert set(predict.communication(1000, 100, mode, 1).values()) == {0}
+    assert predict.communication(1000, 100, mode, 8)["between nodes"] == 0
+    assert predict.communication(1000, 100, mode, 64)["between nodes"] > 0
+
+
+@pytest.mark.parametrize("name", predict.BLOCKS)
+def test_every_table_is_a_table(name):
+    lines = predict.BLOCKS[name]().splitlines()
+    assert len(lines) > 3 and len({line.count("|") for line in lines}) == 1
+
+
+@linux
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow), pytest.param("fsdp-keep", marks=pytest.mark.slow)]
+)
+def test_two_processes_send_the_bytes_predicted(mode):
+    counted, predicted = count_bytes.count(mode, ranks=2)
+    assert counted == pytest.approx(predicted, rel=0.01)
