@@ -1,4 +1,4 @@
-"""The communication volumes of `predict.py`, checked by counting: what two gloo processes really write to their sockets.
+"""The communication volumes of `work.py`, checked by counting: what two gloo processes really write to their sockets.
 
     python -m benchmarks.count_bytes                 # DDP, FSDP with and without resharding, two processes
 
@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from benchmarks import predict
+from benchmarks import work
 from benchmarks.one_step import OneStep
 from jepa_fast.model.jepa import JEPA
 
@@ -71,13 +71,13 @@ def shard(jepa: JEPA, reshard: bool) -> nn.Module:
 
 
 def expected(jepa: JEPA, mode: str, ranks: int) -> float:
-    """What `predict.communication` says, and what gloo and FSDP2 add to it."""
+    """What `work.communication` says, and what gloo and FSDP2 add to it."""
     encoder, predictor = (sum(p.numel() for p in m.parameters()) for m in (jepa.context_encoder, jepa.predictor))
-    sent = predict.communication(encoder, predictor, mode, ranks, gathered=4)["inside a node"]
+    sent = work.communication(encoder, predictor, mode, ranks, gathered=4)["inside a node"]
     if mode != "ddp":
-        sent += predict.reduce_scatter(4 * (encoder + predictor), ranks)  # the second half of gloo's all-reduce
+        sent += work.reduce_scatter(4 * (encoder + predictor), ranks)  # the second half of gloo's all-reduce
     if mode == "fsdp":  # the backward prefetches what ran before the first block: the target encoder's last one
-        sent += predict.all_gather(4 * sum(p.numel() for p in jepa.target_encoder.blocks[-1].parameters()), ranks)
+        sent += work.all_gather(4 * sum(p.numel() for p in jepa.target_encoder.blocks[-1].parameters()), ranks)
     return sent
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import count_bytes, predict
+from benchmarks import count_bytes, predict, work
 from benchmarks.one_step import OneStep
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts by /proc")
@@ -27,31 +27,31 @@ def test_operations_are_those_the_model_performs():
     counted = counter.get_total_flops()
     predicted = 0.0
     for width, depth, lengths, passes in blocks.values():
-        ops = predict.block_ops(lengths, width, 4 * width)
+        ops = work.block_ops(lengths, width, 4 * width)
         predicted += passes * depth * sum(op.flops for op in ops)
     assert 0.9 < predicted / counted < 1.05
 
 
 def test_token_counts_are_those_of_the_masks_drawn():
-    counts = predict.tokens("in1k-vitb16", "packed", images=8)
+    counts = work.tokens("in1k-vitb16", "packed", images=8)
     assert counts.full == [196] * 8 and len(counts.context) == 8 and len(counts.predictor) == 32
     assert all(c < p for c, p in zip(np.repeat(counts.context, 4), counts.predictor, strict=True))
-    shortest = predict.tokens("in1k-vitb16", "reference", images=8)
+    shortest = work.tokens("in1k-vitb16", "reference", images=8)
     assert len(set(shortest.context)) == 1, "the reference cuts all contexts of a group to the shortest"
 
 
 def test_a_ring_all_reduce_is_a_reduce_scatter_and_an_all_gather():
     for ranks in (2, 8, 64):
-        both = predict.reduce_scatter(1e9, ranks) + predict.all_gather(1e9, ranks)
-        assert predict.all_reduce(1e9, ranks) == pytest.approx(both)
-    assert predict.all_reduce(1e9, 1) == 0 == predict.all_gather(1e9, 1)
+        both = work.reduce_scatter(1e9, ranks) + work.all_gather(1e9, ranks)
+        assert work.all_reduce(1e9, ranks) == pytest.approx(both)
+    assert work.all_reduce(1e9, 1) == 0 == work.all_gather(1e9, 1)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "fsdp-keep", "hsdp"])
 def test_one_gpu_sends_nothing_and_one_node_nothing_outside(mode):
-    assert set(predict.communication(1000, 100, mode, 1).values()) == {0}
-    assert predict.communication(1000, 100, mode, 8)["between nodes"] == 0
-    assert predict.communication(1000, 100, mode, 64)["between nodes"] > 0
+    assert set(work.communication(1000, 100, mode, 1).values()) == {0}
+    assert work.communication(1000, 100, mode, 8)["between nodes"] == 0
+    assert work.communication(1000, 100, mode, 64)["between nodes"] > 0
 
 
 @pytest.mark.parametrize("name", predict.BLOCKS)
