@@ -158,7 +158,17 @@ class Parallel:
 @dataclass(frozen=True)
 class Monitor:
     every: int = 100
-    """Steps between probes, spectra and full discrepancies; step 0 and the last step always."""
+    """Steps between examinations (probes, discrepancies on whole inputs); step 0 and the last step always."""
+    spectrum_every: int = 0
+    """Steps between RankMe and its like. 0: as `every`. Likewise the next three."""
+    lidar_every: int = 0
+    bound_every: int = 0
+    spectral_every: int = 0
+    """Spectral norms of the drift."""
+    lidar_views: int = 4
+    """Masks of the same input that LiDAR compares. Below 2: no LiDAR."""
+    jacobian: int = 0
+    """Power iterations through the encoder's Jacobian at a look at the bound. 0: none."""
     probe_train: int = 1000
     """Labelled samples the probe is fitted on (or all there are)."""
     probe_test: int = 2000
@@ -260,7 +270,8 @@ def _check_ranges(c: Config) -> None:
         _require(get(c, name) >= 1, name, get(c, name), "give a whole number of at least 1")
     for name in ("data.channels", "data.series_length", "train.steps", "train.epochs", "train.seed", "optim.warmup_steps", "optim.warmup_epochs", "optim.lr", "optim.start_lr",
                  "optim.final_lr", "optim.weight_decay", "optim.final_weight_decay", "optim.clip", "checkpoint.every",
-                 "checkpoint.keep", "masks.context_tokens", "parallel.threads", "model.predictor_heads"):  # fmt: skip
+                 "checkpoint.keep", "monitor.spectrum_every", "monitor.lidar_every", "monitor.bound_every",
+                 "monitor.spectral_every", "monitor.lidar_views", "monitor.jacobian", "masks.context_tokens", "parallel.threads", "model.predictor_heads"):  # fmt: skip
         _require(get(c, name) >= 0, name, get(c, name), "it cannot be negative")
     for name in (
         "model.init_std",

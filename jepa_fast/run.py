@@ -74,7 +74,7 @@ def set_up(config: Config, resume: str, world: World) -> Run:
         rundir.claim(config, folder)
     monitor = CollapseMonitor(
         folder, ema.fused, loss=jepa.loss, target_norm=jepa.target_norm, every=config.log.every,
-        examination=examination, start=start, say=progress.say,
+        spectral_every=config.monitor.spectral_every, examination=examination, start=start, say=progress.say,
     )  # fmt: skip
     if state is not None:
         monitor.load_state_dict(state["monitor"])
@@ -140,7 +140,7 @@ def _examination(config: Config, dataset: Dataset, jepa: JEPA, world: World) -> 
         else:
             inputs = torch.from_numpy(fixed_draw(dataset.train, FULL_INPUTS)[0])
     return Examination(
-        jepa.context_encoder, jepa.target_encoder, inputs, probe_set=probe_set, masked=FixedMasks(config),
+        jepa.context_encoder, jepa.target_encoder, inputs, probe_set=probe_set, views=FixedMasks(config),
         config=config.monitor, device=world.device,
     )  # fmt: skip
 

@@ -163,7 +163,7 @@ def test_signals_are_the_definitions_on_a_training_step():
         (a - b).square().sum()
         for a, b in zip(jepa.context_encoder.parameters(), jepa.target_encoder.parameters(), strict=True)
     ]
-    assert record["drift/total"] == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-5)
+    assert record["drift/total"] == pytest.approx(float(torch.stack(squares).sum().sqrt().detach()), rel=1e-5)
     assert record["skill"] < 1
 
 
@@ -182,9 +182,22 @@ def test_weights_may_come_in_every_usual_way(kind):
     record = monitor.observe(1.0)
     assert record["drift/total"] == pytest.approx(0.5 * 40**0.5, rel=1e-5)
     assert record["drift/0"] == pytest.approx(0.5 * 40**0.5, rel=1e-5)
-    norms = torch.stack([p.norm() for p in loop.encoder.parameters()]).norm()
+    norms = torch.stack([p.detach().norm() for p in loop.encoder.parameters()]).norm()
     assert record["drift_relative/total"] == pytest.approx(0.5 * 40**0.5 / float(norms), rel=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(before, loop.target.parameters(), strict=True))
+
+
+def test_spectral_drift_tightens_to_the_largest_singular_value():
+    loop = Loop()
+    monitor = CollapseMonitor(None, (loop.encoder, loop.target), spectral_every=1, every=1)
+    with torch.no_grad():
+        loop.encoder[0].weight += normal(8, 5)
+    for _ in range(60):
+        record = monitor.observe(1.0)
+    drift = loop.encoder[0].weight - loop.target[0].weight
+    assert record["drift_spectral/0"] == pytest.approx(float(torch.linalg.matrix_norm(drift, 2).detach()), rel=1e-3)
+    rank = float(drift.square().sum().detach()) / record["drift_spectral/0"] ** 2
+    assert record["drift_rank/0"] == pytest.approx(rank, rel=1e-4) and record["drift_rank/2"] == 0
 
 
 def test_a_monitor_changes_nothing_of_the_training():

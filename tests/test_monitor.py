@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 
 from jepa_fast.model.jepa import JEPA
-from jepa_fast.monitor import Examination, discrepancy, probes, spectrum
+from jepa_fast.monitor import Examination, bound, discrepancy, probes, spectrum
 from jepa_fast.monitor.views import FixedMasks
 from jepa_fast.presets import preset
 
@@ -34,7 +34,7 @@ def test_the_terms_of_equation_4_are_its_terms_and_the_triangle_holds():
     config = preset("demo")
     jepa = pushed_apart(config)
     inputs, views = normal(6, 1, 500), FixedMasks(config)
-    record = Examination(jepa.context_encoder, jepa.target_encoder, inputs, masked=views).look()
+    record = Examination(jepa.context_encoder, jepa.target_encoder, inputs, views=views).look()
     masks = views.plan(6, 0)
     keep = masks.context_index.view(6, 3)
     with torch.no_grad():
@@ -105,6 +105,90 @@ def test_participation_ratio_counts_equal_directions_and_ignores_the_mean():
     assert spectrum.participation_ratio(z) == pytest.approx(7, rel=0.01)
     eigenvalues = np.linalg.eigvalsh(np.cov(z.double().numpy().T))
     assert spectrum.participation_ratio(z) == pytest.approx(eigenvalues.sum() ** 2 / (eigenvalues**2).sum(), rel=1e-6)
+
+
+def test_feature_std_is_one_over_root_width_if_spread_and_zero_if_collapsed():
+    assert spectrum.feature_std(normal(4000, 64)) == pytest.approx(1 / 8, rel=0.02)
+    assert spectrum.feature_std(normal(1, 64).expand(50, 64) * torch.linspace(1, 9, 50)[:, None]) < 1e-6
+
+
+def test_alpha_req_finds_the_exponent_and_is_silent_where_it_would_lie():
+    scale = torch.arange(1, 121).float() ** (-1.3 / 2)
+    assert spectrum.alpha_req(normal(200_00, 120) * scale) == pytest.approx(1.3, abs=0.05)
+    assert math.isnan(spectrum.alpha_req(normal(300, 15) @ normal(15, 120, seed=1)))  # rank collapse
+    assert math.isnan(spectrum.alpha_req(normal(12, 120)))  # too few inputs
+
+
+@pytest.mark.parametrize("shape", [(60, 3, 10), (9, 4, 40)])
+def test_lidar_is_the_papers(shape):
+    n, q, d = shape
+    views = normal(n, 1, d) + 0.3 * normal(n, q, d, seed=1)
+    e = views.double().numpy()
+    mu = e.mean(1)
+    between = (mu - mu.mean(0)).T @ (mu - mu.mean(0)) / (n - 1)
+    flat = (e - mu[:, None]).reshape(-1, d)
+    within = flat.T @ flat / (n * (q - 1)) + 1e-4 * np.eye(d)
+    values, vectors = np.linalg.eigh(within)
+    root = vectors @ np.diag(values**-0.5) @ vectors.T
+    eigenvalues = np.linalg.eigvalsh(root @ between @ root).clip(0)
+    p = eigenvalues / eigenvalues.sum() + 1e-8
+    assert spectrum.lidar(views) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
+    with pytest.raises(ValueError, match="two views"):
+        spectrum.lidar(views[:, :1])
+
+
+# ---- the bound ------------------------------------------------------------------------------------
+
+
+def test_the_terms_of_gamma_are_what_they_are_called():
+    config = preset("demo")
+    jepa, inputs, views = pushed_apart(config), normal(6, 1, 500), FixedMasks(preset("demo"))
+    record = Examination(jepa.context_encoder, jepa.target_encoder, inputs, views=views).look()
+    x_hat = views.embed(jepa.context_encoder, inputs).detach()
+    rows = views.plan(6, 0).context_rows
+    x = torch.zeros(60, 128).index_copy_(0, rows, x_hat.flatten(0, 1)[rows]).view(6, 10, 128)
+    f_x, _ = views(jepa.context_encoder, inputs, 0)
+    with torch.no_grad():
+        f_whole, g_whole = (e(inputs).flatten(0, 1)[rows] for e in (jepa.context_encoder, jepa.target_encoder))
+    moved, apart = ((f_x - other).detach().view(6, 3, 128).flatten(1).norm(dim=1) for other in (f_whole, g_whole))
+    hidden = (x - x_hat).flatten(1).norm(dim=1)
+    expected = {
+        "lipschitz": (moved / hidden).max(), "token_norm": x_hat.norm(dim=-1).max(), "hidden": 7.0, "hidden_std": 0.0,
+        "input_norm": x_hat.flatten(1).norm(dim=1).mean(), "mask_norm": hidden.mean(), "measured": apart.mean(),
+        "mask_term": (moved / hidden).max() * x_hat.norm(dim=-1).max() * 7**0.5,
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert record[f"bound/{name}"] == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+    assert bound.complete(record, 2.0)["bound/gamma"] == pytest.approx(
+        record["bound/mask_term"] + 2 * record["bound/input_norm"]
+    )
+
+
+def test_a_fixed_number_of_hidden_tokens_varies_less_than_bernoullis_and_blocks_vary_more():
+    """Remarks B.1 and B.2, for the masks in use: 7 of 10 exactly, and I-JEPA's blocks on 14 x 14 tokens."""
+    count = {}
+    for name, num_tokens in (("demo", 10), ("in1k-vitb16", 196)):
+        masks = FixedMasks(preset(name)).plan(400, 0)
+        hidden = num_tokens - masks.context_cu.diff().double()
+        p = float(hidden.mean()) / num_tokens
+        count[name] = float(hidden.var()) / (num_tokens * p * (1 - p))
+        assert (hidden <= bound.hoeffding(num_tokens, p)).double().mean() > (0.95 if name == "demo" else 0.5)
+    assert count["demo"] == 0 and count["in1k-vitb16"] > 2
+
+
+def test_the_jacobian_of_a_linear_encoder_is_its_largest_singular_value():
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch_embed, self.head = torch.nn.Linear(5, 6), torch.nn.Linear(6, 4)
+
+        def forward(self, inputs):
+            return self.head(self.patch_embed(inputs))
+
+    encoder, jacobian, inputs = Linear(), bound.Jacobian(), normal(3, 7, 5)
+    found = [jacobian(encoder, encoder.patch_embed, inputs) for _ in range(40)]
+    assert found[-1] == pytest.approx(float(torch.linalg.matrix_norm(encoder.head.weight, 2).detach()), rel=1e-3)
+    assert found[0] <= found[-1] * (1 + 1e-4)
 
 
 # ---- probes ---------------------------------------------------------------------------------------

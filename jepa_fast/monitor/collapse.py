@@ -1,5 +1,6 @@
 """The collapse monitor: a training loop's loss, features and weights in; metrics.jsonl and events.jsonl out."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from jepa_fast import parallel
 from jepa_fast.log import RunLog
-from jepa_fast.monitor import discrepancy, phase
+from jepa_fast.monitor import bound, discrepancy, phase
 from jepa_fast.monitor.drift import Drift, Identity, Weights
-from jepa_fast.monitor.examination import Examination, timed
+from jepa_fast.monitor.examination import Examination
 from jepa_fast.monitor.interval import Interval
 from jepa_fast.monitor.tokens import Tokens, as_tokens, rows_of
 
@@ -34,7 +35,8 @@ class CollapseMonitor:
     weights: what the drift is measured on. A FusedEMA (its distances cost nothing more), or (context encoder, target
     encoder), or pairs of tensors (theta, theta_bar), named or not; None: no drift.
     loss, target_norm: which loss it is, and whether targets are layer-normed in it: with them and `hidden` the
-    predictor's skill is measured. every: steps between records.
+    predictor's skill is measured. every: steps between records. spectral_every: steps between spectral norms of the
+    drift; 0: as the examination.
     examination: what is measured on a fixed set (probes, spectra, mismatches), on a period of its own.
     start: None for a new log; on resume the number of the next step, and what was logged from there on is dropped.
     say: told of every event, once; None: silence.
@@ -51,6 +53,7 @@ class CollapseMonitor:
         loss: Literal["l2", "smooth_l1", "l1"] | None = None,
         target_norm: bool = False,
         every: int = 10,
+        spectral_every: int = 0,
         examination: Examination | None = None,
         start: int | None = None,
         say: Callable[[str], None] | None = print,
@@ -58,6 +61,7 @@ class CollapseMonitor:
         if every < 1:
             raise ValueError(f"every is {every}; give a number of steps of at least 1")
         self.loss, self.target_norm, self.every, self.examination = loss, target_norm, every, examination
+        self.spectral_every = spectral_every
         self.drift = Drift(weights) if weights is not None else None
         self.identity = Identity(self.drift.ema) if self.drift else None
         self.world = parallel.here()
@@ -134,9 +138,9 @@ class CollapseMonitor:
         ):
             return {}
         if self._examined is None or self._examined[0] != self.step:
-            record, seconds = timed(self.examination.look)
-            self.interval.examining += seconds
-            self._examined = (self.step, record)
+            began = time.monotonic()
+            self._examined = (self.step, self.examination.look(self.step, everything=last))
+            self.interval.examining += time.monotonic() - began
         return self._examined[1]
 
     def _examines(self, last: bool) -> bool:
@@ -172,7 +176,7 @@ class CollapseMonitor:
         """One line of metrics.jsonl and the events it calls. The only synchronisation."""
         values = parallel.average(self.interval.sums() | signals, self.world)
         bad, self.bad_in_a_row = round(values.pop("bad")), round(values.pop("bad_in_a_row"))
-        drift = self.drift.by_layer() if self.drift else {}
+        drift = self._drift(examined, seldom)
         identity = (
             {"identity/residual": self.identity.worst} if self.identity and self.identity.worst is not None else {}
         )
@@ -186,6 +190,20 @@ class CollapseMonitor:
             self._check_theory(record)
             if seldom:
                 self._announce()
+        return record
+
+    def _drift(self, examined: dict[str, float], seldom: bool) -> dict[str, float]:
+        """Distances of the weights, and what needs them. Called on every process."""
+        if self.drift is None:
+            return {}
+        record = self.drift.by_layer()
+        if "bound/mask_term" in examined:
+            record |= bound.complete(examined, record["drift/total"])
+        if seldom if not self.spectral_every else self.step % self.spectral_every == 0:
+            began = time.monotonic()
+            record |= self.drift.spectral()
+            seconds = time.monotonic() - began
+            record["time/spectral"], self.interval.examining = seconds, self.interval.examining + seconds
         return record
 
     def _check_theory(self, record: Record) -> None:
@@ -243,16 +261,24 @@ class CollapseMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed loop needs, beside `start`: sums of the open interval, and the untrained encoder's probe."""
-        examination = self.examination.state_dict() if self.examination else {}
-        identity = self.identity.state_dict() if self.identity else {}
-        return {"interval": self.interval.state_dict(), "examination": examination, "identity": identity}
+        parts = {
+            "interval": self.interval,
+            "examination": self.examination,
+            "identity": self.identity,
+            "drift": self.drift,
+        }
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.interval.load_state_dict(state["interval"])
-        if self.examination and state["examination"]:
-            self.examination.load_state_dict(state["examination"])
-        if self.identity and state["identity"]:
-            self.identity.load_state_dict(state["identity"])
+        parts = {
+            "interval": self.interval,
+            "examination": self.examination,
+            "identity": self.identity,
+            "drift": self.drift,
+        }
+        for name, part in parts.items():
+            if part is not None and name in state:
+                part.load_state_dict(state[name])
 
 
 def _open(folder: str | Path | None, start: int | None) -> RunLog:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_ema import FusedEMA
+from fused_ema.module import block_of
 
 Weights = FusedEMA | tuple[nn.Module, nn.Module] | Mapping[str, tuple[Tensor, Tensor]] | Sequence[tuple[Tensor, Tensor]]
 """A FusedEMA; or (context encoder, target encoder); or pairs (theta, theta_bar), with or without names."""
@@ -35,6 +36,31 @@ class Drift:
         record = {"drift/total": total} | {f"drift/{name}": d for name, d in distances.items()}
         record |= {"drift_relative/total": total / size if size else 0.0}
         return record | {f"drift_relative/{name}": d / norms[name] for name, d in distances.items() if norms[name]}
+
+    def spectral(self) -> dict[str, float]:
+        """The paper's norm for matrices: the largest singular value of D, of the matrix of each layer where it is largest.
+
+        By power iteration from the last call's vector: a lower bound that tightens from call to call. `drift_rank` is
+        that matrix's stable rank (||D||_F / ||D||_2)^2: over how many directions the drift is spread, at most.
+        """
+        if not self.updated_elsewhere:
+            self.ema.stats = self.ema.measure()
+        frobenius = self.ema.distances()
+        record: dict[str, float] = {}
+        for name, norm in self.ema.spectral_distances().items():
+            layer = block_of(name)
+            if norm >= record.get(f"drift_spectral/{layer}", 0.0):
+                record[f"drift_spectral/{layer}"] = norm
+                record[f"drift_rank/{layer}"] = (frobenius[name] / norm) ** 2 if norm else 0.0
+        return record
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The power iteration's vectors."""
+        return dict(self.ema.spectral.vectors)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        devices = {name: theta.device for name, theta, _ in self.ema.pairs()}
+        self.ema.spectral.vectors = {name: vector.to(devices[name]) for name, vector in state.items()}
 
 
 class _Named(nn.Module):

@@ -1,29 +1,38 @@
-"""A look at both encoders on a fixed set, on periods of its own: probes, spectra, what equation 4 is made of.
+"""A look at both encoders on a fixed set, on periods of its own: probes, spectra, equation 4, the bound.
 
 In: the encoders as they are. Out: plain numbers, keys of docs/metrics.md. Deterministic, and no part of training.
 """
 
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from jepa_fast.config import Monitor
-from jepa_fast.monitor import discrepancy, probes, spectrum
+from jepa_fast.monitor import bound, discrepancy, probes, spectrum
 
 FULL_INPUTS = 256  # inputs of the fixed set on which both encoders see everything
+LIDAR_INPUTS, JACOBIAN_INPUTS = 128, 16
 
-# (encoder, inputs, number of the mask) -> features [T, D] of the tokens it leaves visible, their rows in [B * N]
-Masked = Callable[[nn.Module, Tensor, int], tuple[Tensor, Tensor]]
+
+class Views(Protocol):
+    """How an encoder sees the fixed inputs through masks. `jepa_fast.monitor.views.FixedMasks` is ours."""
+
+    def __call__(self, encoder: nn.Module, inputs: Tensor, view: int) -> tuple[Tensor, Tensor]:
+        """(features [T, D] of the tokens that mask number `view` leaves visible, their rows in [B * N])."""
+        ...
+
+    def embed(self, encoder: nn.Module, inputs: Tensor) -> Tensor:
+        """x_hat: the tokens [B, N, D] as they enter the first block."""
+        ...
 
 
 class Examination:
     """Encoders are called as `encoder(inputs)` and give features [B, N, D] of every token.
 
     inputs: a fixed batch, as the encoders take it; the first 256 are used. probe_set: labelled inputs; None: no probes.
-    masked: how an encoder sees inputs through the run's masks; None: the terms of equation 4 stay unmeasured.
+    views: how an encoder sees inputs through the run's masks; None: equation 4, the bound and LiDAR stay unmeasured.
     config: periods and settings. everywhere: all processes take part, as sharded encoders need; else the first alone.
     """
 
@@ -34,71 +43,148 @@ class Examination:
         inputs: Tensor,
         *,
         probe_set: probes.ProbeSet | None = None,
-        masked: Masked | None = None,
+        views: Views | None = None,
         config: Monitor | None = None,
         device: torch.device | None = None,
         everywhere: bool = False,
     ):
         self.encoders = {"context": context_encoder, "target": target_encoder}
-        self.probe_set, self.masked, self.config = probe_set, masked, config or Monitor()
+        self.probe_set, self.views, self.config = probe_set, views, config or Monitor()
         self.device = device or next(context_encoder.parameters()).device
         self.inputs, self.everywhere = inputs[:FULL_INPUTS], everywhere
         self.untrained: dict[str, float] = {}  # probe of the encoder as initialised, the baseline of every curve
+        self._jacobian = bound.Jacobian()
+        self._pooled: dict[str, Tensor] = {}  # of this look, as the next
+        self._seen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def due(self, step: int) -> bool:
-        return step % self.config.every == 0
+        return any(step % period == 0 for period in self._periods().values())
+
+    def _periods(self) -> dict[str, int]:
+        c = self.config
+        return {
+            "discrepancy": c.every,
+            "probe": c.every,
+            "spectrum": c.spectrum_every or c.every,
+            "lidar": c.lidar_every or c.every,
+            "bound": c.bound_every or c.every,
+        }
 
     @torch.no_grad()
-    def look(self) -> dict[str, float]:
-        """Everything, now. The encoders are put into evaluation mode for it, and back."""
+    def look(self, step: int = 0, everything: bool = True) -> dict[str, float]:
+        """What is due at `step`, or everything. The encoders are put into evaluation mode for it, and back."""
+        measures = {"discrepancy": self._discrepancies, "probe": self._probes, "spectrum": self._spectra,
+                    "lidar": self._lidar, "bound": self._bound}  # fmt: skip
         modes = {encoder: encoder.training for encoder in self.encoders.values()}
+        record: dict[str, float] = {}
         try:
             for encoder in modes:
                 encoder.eval()
-            return self._discrepancies() | self._features()
+            for name, period in self._periods().items():
+                if everything or step % period == 0:
+                    began = time.monotonic()
+                    measured = measures[name]()
+                    record |= measured
+                    if measured:
+                        record[f"time/{name}"] = time.monotonic() - began
         finally:
+            self._pooled, self._seen = {}, None
             for encoder, mode in modes.items():
                 encoder.train(mode)
+        return record
+
+    # ---- the two encoders against each other --------------------------------------------------------
+
+    def _whole(self, name: str) -> Tensor:
+        """Features of the fixed inputs as one encoder gives them, [B, N, D]."""
+        return self.encoders[name](self.inputs.to(self.device))
+
+    def _visible(self, context: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """f(x), f(x_hat), g(x_hat) of the visible tokens [T, D], and their rows, from features [B, N, D]."""
+        assert self.views is not None
+        masked, rows = self.views(self.encoders["context"], self.inputs.to(self.device), 0)
+        return masked, context.flatten(0, 1)[rows], target.flatten(0, 1)[rows], rows
 
     def _discrepancies(self) -> dict[str, float]:
-        inputs = self.inputs.to(self.device)
-        whole, target = (self.encoders[name](inputs).flatten(0, 1) for name in ("context", "target"))  # [B * N, D]
-        record = {"discrepancy/full": float(discrepancy.discrepancy(whole, target))}
-        if self.masked is not None:
-            masked, rows = self.masked(self.encoders["context"], inputs, 0)
-            terms, excess = discrepancy.mismatches(masked, whole[rows], target[rows])
-            record |= {name: float(value) for name, value in terms.items()} | {"mismatch/excess": float(excess)}
+        context, target = self._whole("context"), self._whole("target")
+        spread = discrepancy.instance_spread(target)
+        values = discrepancy.readings(context.flatten(0, 1), target.flatten(0, 1), spread)
+        full = {
+            key.removeprefix("discrepancy"): value for key, value in values.items() if key.startswith("discrepancy/")
+        }
+        values = {f"discrepancy/full{key}": value for key, value in full.items()}
+        values["discrepancy/full"] = values.pop("discrepancy/full/visible")
+        values |= {"spread/full": spread, "spread/full/context": discrepancy.instance_spread(context)}
+        if self.views is not None:
+            self._seen = self._visible(context, target)
+            terms, values["mismatch/excess"] = discrepancy.mismatches(*self._seen[:3])
+            values |= terms
+        return {key: float(value) for key, value in values.items()}
+
+    def _bound(self) -> dict[str, float]:
+        """Terms of gamma that need no weights; the monitor adds the drift's."""
+        if self.views is None:
+            return {}
+        inputs, encoder = self.inputs.to(self.device), self.encoders["context"]
+        masked, whole, target, rows = self._seen or self._visible(self._whole("context"), self._whole("target"))
+        values = bound.terms(self.views.embed(encoder, inputs), rows, masked, whole, target)
+        record = {name: float(value) for name, value in values.items()}
+        embed = getattr(encoder, "patch_embed", None)
+        if self.config.jacobian and isinstance(embed, nn.Module):
+            record["bound/jacobian"] = self._jacobian(encoder, embed, inputs[:JACOBIAN_INPUTS], self.config.jacobian)
         return record
 
-    def _features(self) -> dict[str, float]:
+    # ---- what the features are worth, and how many directions they use --------------------------------
+
+    def _features(self, name: str) -> Tensor:
+        """Pooled features of the probe's training inputs, or of the fixed ones: [n, D]."""
+        if name not in self._pooled:
+            inputs = self.inputs if self.probe_set is None else self.probe_set.train
+            self._pooled[name] = probes.features(self.encoders[name], inputs, self.device)
+        return self._pooled[name]
+
+    def _probes(self) -> dict[str, float]:
+        if self.probe_set is None:
+            return {}
         record: dict[str, float] = {}
         for name, encoder in self.encoders.items():
-            if self.probe_set is None:
-                pooled = probes.features(encoder, self.inputs, self.device)
-            else:
-                monitor = self.config
-                scores, pooled = probes.score(
-                    encoder, self.probe_set, self.device, monitor.ridge, monitor.knn, monitor.knn_temperature
-                )
-                record |= {f"probe/{name}{protocol}": value for protocol, value in scores.items()}
-                if not self.untrained:
-                    self.untrained = {f"probe/untrained{protocol}": value for protocol, value in scores.items()}
-            suffix = "" if name == "target" else "/context"
-            record[f"rankme{suffix}"] = spectrum.rankme(pooled)
-            record[f"participation{suffix}"] = spectrum.participation_ratio(pooled)
-        if self.probe_set is not None:
-            record |= self.untrained
-            record["probe/majority"] = self.probe_set.majority
+            test = probes.features(encoder, self.probe_set.test, self.device)
+            scores = probes.score(self._features(name), test, self.probe_set, self.config)
+            record |= {f"probe/{name}{protocol}": value for protocol, value in scores.items()}
+            if not self.untrained:
+                self.untrained = {f"probe/untrained{protocol}": value for protocol, value in scores.items()}
+        return record | self.untrained | {"probe/majority": self.probe_set.majority}
+
+    def _spectra(self) -> dict[str, float]:
+        record: dict[str, float] = {}
+        for name, suffix in (("target", ""), ("context", "/context")):
+            z = self._features(name)
+            record[f"rankme{suffix}"] = spectrum.rankme(z)
+            record[f"participation{suffix}"] = spectrum.participation_ratio(z)
+            record[f"feature_std{suffix}"] = spectrum.feature_std(z)
+            record[f"alpha_req{suffix}"] = spectrum.alpha_req(z)
         return record
 
+    def _lidar(self) -> dict[str, float]:
+        """Views are masks of the same input, pooled over the visible tokens."""
+        if self.views is None or self.config.lidar_views < 2 or len(self.inputs) < 2:
+            return {}
+        inputs, record = self.inputs[:LIDAR_INPUTS].to(self.device), {}
+        for name, suffix in (("target", ""), ("context", "/context")):
+            pooled = [self._pooled_view(self.encoders[name], inputs, view) for view in range(self.config.lidar_views)]
+            record[f"lidar{suffix}"] = spectrum.lidar(torch.stack(pooled, dim=1))
+        return record
+
+    def _pooled_view(self, encoder: nn.Module, inputs: Tensor, view: int) -> Tensor:
+        assert self.views is not None
+        features, rows = self.views(encoder, inputs, view)
+        num_tokens = self.views.embed(encoder, inputs[:1]).shape[1]
+        owner = rows // num_tokens
+        sums = features.new_zeros(len(inputs), features.shape[1]).index_add_(0, owner, features)
+        return sums / owner.bincount(minlength=len(inputs)).unsqueeze(1)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"untrained": self.untrained}
+        return {"untrained": self.untrained, "jacobian": self._jacobian.vector}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.untrained = dict(state["untrained"])
-
-
-def timed(look: Callable[[], dict[str, float]]) -> tuple[dict[str, float], float]:
-    """(record, seconds it took)."""
-    began = time.monotonic()
-    return look(), time.monotonic() - began
+        self.untrained, self._jacobian.vector = dict(state["untrained"]), state["jacobian"]

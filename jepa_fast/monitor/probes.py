@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa_fast.config import Monitor
 from jepa_fast.data.sources import Source, fixed_draw
 
 # Shape legend: n training and m test samples of the probe, D width, c classes.
@@ -52,22 +53,23 @@ def features(encoder: nn.Module, inputs: Tensor, device: torch.device, batch_siz
     return torch.cat([encoder(x.to(device)).float().mean(1) for x in inputs.split(batch_size)])
 
 
-def score(
-    encoder: nn.Module, probe: ProbeSet, device: torch.device, ridge: float, knn: int, temperature: float
-) -> tuple[dict[str, float], Tensor]:
-    """({'': ridge on standardised features, '/balanced': its mean recall over classes, '/raw', '/knn'}, train features [n, D])."""
-    x, test = features(encoder, probe.train, device), features(encoder, probe.test, device)
-    y, truth = probe.train_labels.to(device), probe.test_labels.to(device)
+def score(x: Tensor, test: Tensor, probe: ProbeSet, config: Monitor) -> dict[str, float]:
+    """Accuracies of pooled features, training x [n, D] and test [m, D].
+
+    '': ridge on standardised features, '/balanced': its mean recall over classes, '/raw': ridge on features as they
+    are, '/knn'.
+    """
+    y, truth = probe.train_labels.to(x.device), probe.test_labels.to(x.device)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-8)
-    standardised = ridge_predict((x - mean) / std, y, (test - mean) / std, probe.num_classes, ridge)
-    raw = ridge_predict(x, y, test, probe.num_classes, ridge)
-    near = knn_predict(x, y, test, probe.num_classes, knn, temperature)
+    standardised = ridge_predict((x - mean) / std, y, (test - mean) / std, probe.num_classes, config.ridge)
+    raw = ridge_predict(x, y, test, probe.num_classes, config.ridge)
+    near = knn_predict(x, y, test, probe.num_classes, config.knn, config.knn_temperature)
     return {
         "": accuracy(standardised, truth),
         "/balanced": balanced_accuracy(standardised, truth),
         "/raw": accuracy(raw, truth),
         "/knn": accuracy(near, truth),
-    }, x
+    }
 
 
 def ridge_predict(x: Tensor, y: Tensor, test: Tensor, num_classes: int, ridge: float) -> Tensor:

@@ -1,7 +1,11 @@
 """How many directions the features use. In: pooled features [n, D]. Out: floats."""
 
+import math
+
 import torch
 from torch import Tensor
+
+ALPHA_RANGE = (11, 100)  # eigenvalues that the power law is fitted to, counted from 1
 
 
 def rankme(features: Tensor, eps: float = 1e-7) -> float:
@@ -9,16 +13,68 @@ def rankme(features: Tensor, eps: float = 1e-7) -> float:
 
     Singular values come from the Gram matrix in float64: measured equal to the SVD to 1e-4, several times faster.
     """
-    z = features.double()
-    gram = z.T @ z if z.shape[0] >= z.shape[1] else z @ z.T
-    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    p = singular / singular.sum().clamp(min=torch.finfo(torch.float64).tiny) + eps
-    return float(torch.exp(-(p * p.log()).sum()))
+    singular = torch.linalg.eigvalsh(_gram(features.double())).clamp(min=0).sqrt()
+    return _effective_number(singular, eps)
 
 
 def participation_ratio(features: Tensor) -> float:
     """tr(C)^2 / ||C||_F^2 of the covariance C: effective number of directions, without an eigen-decomposition."""
-    z = features.double()
-    z = z - z.mean(0)
-    gram = z.T @ z if z.shape[0] >= z.shape[1] else z @ z.T
+    gram = _gram(_centred(features))
     return float(gram.trace() ** 2 / gram.square().sum().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def feature_std(features: Tensor) -> float:
+    """Mean over features of the standard deviation of l2-normalised features (SimSiam): 1/sqrt(D) if spread, 0 if not."""
+    z = torch.nn.functional.normalize(features.double(), dim=1)
+    return float(z.std(0).mean())
+
+
+def alpha_req(features: Tensor) -> float:
+    """Decay alpha of the covariance's eigenvalues, lambda_j ~ j^-alpha (Agrawal et al. 2022), j from 11 to 100.
+
+    About 1 is called good. NaN where it says nothing: with fewer than 20 such eigenvalues, or with eigenvalues of
+    the range at zero (rank collapse, where a fit through rounding errors looks like any other).
+    """
+    n, d = features.shape
+    first, last = ALPHA_RANGE[0], min(ALPHA_RANGE[1], d, n - 1)
+    if last - first < 20:
+        return math.nan
+    eigenvalues = torch.linalg.eigvalsh(_gram(_centred(features))).flip(0)
+    used = eigenvalues[first - 1 : last]
+    if not used[-1] > 1e-10 * eigenvalues[0]:
+        return math.nan
+    x, y = torch.arange(first, last + 1, dtype=torch.float64).log(), used.log().cpu()
+    x = x - x.mean()
+    return float(-(x @ (y - y.mean())) / (x @ x))
+
+
+def lidar(views: Tensor, delta: float = 1e-4, eps: float = 1e-8) -> float:
+    """LiDAR (Thilak et al. 2023, arXiv 2312.04000): effective number of directions that tell images from each other
+    better than they tell views of the same image apart. views [n images, q views, D], q > 1; 1 to min(n - 1, D).
+    """
+    n, q, _ = views.shape
+    if n < 2 or q < 2:
+        raise ValueError(f"LiDAR needs at least two images and two views of each, got {n} and {q}")
+    views = views.double()
+    means = views.mean(1)  # [n, D]
+    between = (means - means.mean(0)) / math.sqrt(n - 1)
+    within = (views - means.unsqueeze(1)).flatten(0, 1) / math.sqrt(n * (q - 1))
+    scatter = within.T @ within
+    scatter.diagonal().add_(delta)
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(scatter), between.T, upper=False)  # [D, n]
+    return _effective_number(torch.linalg.eigvalsh(_gram(whitened)).clamp(min=0), eps)
+
+
+def _effective_number(values: Tensor, eps: float) -> float:
+    p = values / values.sum().clamp(min=torch.finfo(torch.float64).tiny) + eps
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def _centred(features: Tensor) -> Tensor:
+    z = features.double()
+    return (z - z.mean(0)) / math.sqrt(max(1, len(z) - 1))
+
+
+def _gram(z: Tensor) -> Tensor:
+    """z'z or zz', the smaller: their eigenvalues above zero are the same."""
+    return z.T @ z if z.shape[0] >= z.shape[1] else z @ z.T

@@ -9,7 +9,7 @@ from jepa_fast.data.packing import MaskPlan, plan
 
 
 class FixedMasks:
-    """`(encoder, inputs, view) -> (features [T, D], rows [T])`, as `Examination` takes it. Views are masks 0, 1, ..."""
+    """What `Examination` takes as views, of our own encoders. View k is mask number k of each input."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -28,3 +28,7 @@ class FixedMasks:
         patches = encoder.tokenizer(inputs).flatten(0, 1)[masks.context_rows]  # type: ignore[operator]
         features = encoder.packed(patches, masks.context_index, masks.context_cu, masks.context_max)  # type: ignore[operator]
         return features, masks.context_rows
+
+    def embed(self, encoder: nn.Module, inputs: Tensor) -> Tensor:
+        """x_hat: patch embedding and positions, [B, N, D]."""
+        return encoder.patch_embed(encoder.tokenizer(inputs)) + encoder.positions  # type: ignore[operator]

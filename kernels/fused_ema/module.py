@@ -63,7 +63,7 @@ class FusedEMA:
                 raise ValueError("the mirror's parameters are tied otherwise than the averaged module's")
         self._fsdp = fsdp_modules(model, self.module, *([mirror] if mirror is not None else []))
         self._staging = Staging()
-        self._spectral = SpectralDrift()
+        self.spectral = SpectralDrift()
 
     @torch.no_grad()
     def update(
@@ -146,7 +146,7 @@ class FusedEMA:
         """
         reshard(self._fsdp)
         matrices = [p for p in self._pairs if p.source.tensor.ndim >= 2]
-        return self._spectral([(p.name, p.source.tensor, p.target.tensor) for p in matrices], iterations)
+        return self.spectral([(p.name, p.source.tensor, p.target.tensor) for p in matrices], iterations)
 
     @contextmanager
     def swap(self) -> Iterator[nn.Module]:
@@ -221,5 +221,10 @@ def _group(name: str, group_by: str | Callable[[str], str] | None) -> str:
         return group_by(name)
     if group_by != "block":
         raise ValueError(f"group_by={group_by!r}; give 'block' or a function of the name")
+    return block_of(name)
+
+
+def block_of(name: str) -> str:
+    """What group_by="block" files a parameter under: 'blocks.3' of 'blocks.3.attn.qkv.weight', else its module's name."""
     numbered = _BLOCK.match(name)
     return numbered.group(1) if numbered else (name.rpartition(".")[0] or name)

@@ -17,7 +17,7 @@ class SpectralDrift:
     """Keeps the right singular vector of every matrix between calls. Equal shapes share one batched product."""
 
     def __init__(self) -> None:
-        self._vectors: dict[str, Tensor] = {}
+        self.vectors: dict[str, Tensor] = {}  # to be saved where a resumed run must find the same norms
 
     def __call__(self, matrices: Sequence[tuple[str, Tensor, Tensor]], iterations: int) -> dict[str, float]:
         """matrices: (name, theta, theta_bar), sharded along dimension 0 if at all. Raises ValueError otherwise."""
@@ -28,14 +28,14 @@ class SpectralDrift:
             names = [name for name, _, _ in batch]
             drift = torch.stack([_flat(theta) - _flat(average).to(local(theta).device) for _, theta, average in batch])
             columns = drift.shape[2]
-            start = [self._vectors.get(n) for n in names]
+            start = [self.vectors.get(n) for n in names]
             v = torch.stack(
                 [_random_unit(columns, n, drift.device) if s is None else s for n, s in zip(names, start, strict=True)]
             )
             groups = shard_groups(batch[0][1])
             for _ in range(iterations):
                 v, sigma = _iterate(drift, v, groups)
-            self._vectors |= dict(zip(names, v, strict=True))
+            self.vectors |= dict(zip(names, v, strict=True))
             norms |= dict(zip(names, sigma, strict=True))
         if not norms:
             return {}
