@@ -71,6 +71,10 @@ class Masks:
     """Tokens kept by `subsampled`. 0: a quarter of the grid."""
     ratio: float = 0.7
     """Share of hidden tokens for `random` (exactly int(ratio * N)) and `bernoulli` (in expectation)."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How `ratio` (or, of block masks, `target_scale`) goes to its final value over the run."""
+    final_ratio: float = 0.7
+    final_target_scale: tuple[float, float] = (0.15, 0.2)
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,18 @@ class Optim:
     eps: float = 1e-8
     clip: float = 0.0
     """Largest global gradient norm. 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class Perturb:
+    """Controlled perturbation of the context encoder: Gaussian noise on its weights, after the optimizer's step."""
+
+    noise: float = 0.0
+    """Standard deviation, relative to that of each weight matrix. 0: none."""
+    every: int = 1
+    """Steps between perturbations."""
+    until: int = 0
+    """First step without. 0: to the end."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +225,7 @@ class Config:
     objective: Objective = field(default_factory=Objective)
     ema: EMA = field(default_factory=EMA)
     optim: Optim = field(default_factory=Optim)
+    perturb: Perturb = field(default_factory=Perturb)
     train: Train = field(default_factory=Train)
     parallel: Parallel = field(default_factory=Parallel)
     monitor: Monitor = field(default_factory=Monitor)
@@ -255,23 +272,24 @@ def _check_ranges(c: Config) -> None:
     ):
         value = get(c, name)
         _require(low <= value <= high, name, value, f"give a number from {low} to {high}")
-    _require(
-        0 < c.masks.ratio < 1,
-        "masks.ratio",
-        c.masks.ratio,
-        "some tokens must be hidden and some visible; give a number between 0 and 1",
-    )
+    for name in ("masks.ratio", "masks.final_ratio"):
+        _require(
+            0 < get(c, name) < 1,
+            name,
+            get(c, name),
+            "some tokens must be hidden and some visible; give a number between 0 and 1",
+        )
     for name in (
         "data.image_size", "data.workers", "masks.num_targets", "masks.min_keep",
         "masks.group", "model.width", "model.depth", "model.heads", "model.patch", "model.num_patches",
         "model.predictor_width", "model.predictor_depth", "train.batch_size", "train.max_bad_steps", "monitor.every",
-        "monitor.probe_train", "monitor.probe_test", "monitor.knn", "log.every",
+        "monitor.probe_train", "monitor.probe_test", "monitor.knn", "log.every", "perturb.every",
     ):  # fmt: skip
         _require(get(c, name) >= 1, name, get(c, name), "give a whole number of at least 1")
     for name in ("data.channels", "data.series_length", "train.steps", "train.epochs", "train.seed", "optim.warmup_steps", "optim.warmup_epochs", "optim.lr", "optim.start_lr",
                  "optim.final_lr", "optim.weight_decay", "optim.final_weight_decay", "optim.clip", "checkpoint.every",
                  "checkpoint.keep", "monitor.spectrum_every", "monitor.lidar_every", "monitor.bound_every",
-                 "monitor.spectral_every", "monitor.lidar_views", "monitor.jacobian", "masks.context_tokens", "parallel.threads", "model.predictor_heads"):  # fmt: skip
+                 "monitor.spectral_every", "perturb.noise", "perturb.until", "monitor.lidar_views", "monitor.jacobian", "masks.context_tokens", "parallel.threads", "model.predictor_heads"):  # fmt: skip
         _require(get(c, name) >= 0, name, get(c, name), "it cannot be negative")
     for name in (
         "model.init_std",
@@ -285,6 +303,7 @@ def _check_ranges(c: Config) -> None:
         _require(get(c, name) > 0, name, get(c, name), "give a number above 0")
     for name, top in (
         ("masks.target_scale", 1),
+        ("masks.final_target_scale", 1),
         ("masks.context_scale", 1),
         ("data.crop_scale", 1),
         ("masks.target_aspect", math.inf),
@@ -355,13 +374,14 @@ def _check_geometry(c: Config) -> None:
             f"shorter than --model.num_patches {m.num_patches}: give fewer patches",
         )
     if c.masks.mode == "random":
-        hidden = int(c.masks.ratio * c.num_tokens)
-        _require(
-            0 < hidden < c.num_tokens,
-            "masks.ratio",
-            c.masks.ratio,
-            f"hides {hidden} of {c.num_tokens} tokens; some must be hidden and some visible",
-        )
+        for name in ("masks.ratio",) if c.masks.schedule == "constant" else ("masks.ratio", "masks.final_ratio"):
+            hidden = int(get(c, name) * c.num_tokens)
+            _require(
+                0 < hidden < c.num_tokens,
+                name,
+                get(c, name),
+                f"hides {hidden} of {c.num_tokens} tokens; some must be hidden and some visible",
+            )
 
 
 # ---- dotted names, JSON -------------------------------------------------------------------------

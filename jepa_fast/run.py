@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jepa_fast import checkpoint, optim, parallel, report, rundir
+from jepa_fast import checkpoint, optim, parallel, report, rundir, schedules
 from jepa_fast.config import Config, get, replace
 from jepa_fast.data.dataset import Dataset, open_dataset
 from jepa_fast.data.loader import Loader
@@ -50,7 +50,8 @@ class Run:
 
 def set_up(config: Config, resume: str, world: World) -> Run:
     """Everything that can refuse does so before the run folder is touched. Raises UsageError."""
-    check_masks(config.masks, config.grid)
+    for step in (0, 1):  # both ends of a schedule
+        check_masks(schedules.masks(config.masks, step, 1), config.grid)
     dataset = open_dataset(config)
     config = _fitted(config, dataset)
     folder, start, state = _folder(config, resume, world)

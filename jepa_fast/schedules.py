@@ -1,11 +1,12 @@
-"""Learning rate, weight decay and EMA decay: pure functions of the step.
+"""Learning rate, weight decay, EMA decay and masking ratio: pure functions of the step.
 
 Step t counts optimizer steps already made; nothing here has state, so a resumed run needs none.
 """
 
 import math
+from dataclasses import replace
 
-from jepa_fast.config import EMA, Optim
+from jepa_fast.config import EMA, Masks, Optim
 
 
 def learning_rate(config: Optim, step: int, steps: int, warmup: int) -> float:
@@ -25,13 +26,31 @@ def weight_decay(config: Optim, step: int, steps: int) -> float:
 
 
 def ema_decay(config: EMA, step: int, steps: int) -> float:
-    """Beta of equation 1 for the update after optimizer step `step`; linear in the step as facebookresearch/ijepa."""
+    """Beta of equation 1 for the update after optimizer step `step`, from decay to final_decay, up or down.
+
+    Linear in the step as facebookresearch/ijepa, or along a cosine (or constant).
+    """
+    return _between(config.schedule, config.decay, config.final_decay, step / (config.scale * steps))
+
+
+def masks(config: Masks, step: int, steps: int) -> Masks:
+    """The masks of step `step`: `ratio` and `target_scale` on their way to `final_ratio` and `final_target_scale`."""
     if config.schedule == "constant":
-        return config.decay
-    progress = min(1.0, step / (config.scale * steps))
-    if config.schedule == "cosine":
-        return _cosine(config.decay, config.final_decay, progress)
-    return config.decay + (config.final_decay - config.decay) * progress
+        return config
+    ratio, low, high = (
+        _between(config.schedule, start, end, step / steps)
+        for start, end in zip(
+            (config.ratio, *config.target_scale), (config.final_ratio, *config.final_target_scale), strict=True
+        )
+    )
+    return replace(config, ratio=ratio, target_scale=(low, high))
+
+
+def _between(schedule: str, start: float, end: float, progress: float) -> float:
+    if schedule == "constant":
+        return start
+    progress = min(1.0, progress)
+    return _cosine(start, end, progress) if schedule == "cosine" else start + (end - start) * progress
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

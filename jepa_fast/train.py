@@ -8,6 +8,7 @@ import sys
 from jepa_fast import cli, optim, parallel, schedules
 from jepa_fast.config import to_json
 from jepa_fast.errors import one_line_errors
+from jepa_fast.perturb import perturb
 from jepa_fast.run import Run, close, save, set_up, show
 
 
@@ -40,6 +41,7 @@ def train(run: Run) -> None:
         lr = schedules.learning_rate(config.optim, step, run.steps, run.warmup)
         optim.set_rates(run.optimizer, lr, schedules.weight_decay(config.optim, step, run.steps))
         finite = optim.step_if_finite(run.optimizer, output.loss, config.optim.clip)
+        perturb(run.jepa.context_encoder, config.perturb, config.train.seed, step)
 
         # Target encoder: EMA, and its distance from the context encoder, in one pass.
         decay = schedules.ema_decay(config.ema, step, run.steps)

@@ -13,15 +13,15 @@ STAGES = [
     {"presets", "schedules", "log", "checkpoint"},
     {"data"},
     {"model"},
-    {"parallel", "optim", "ema"},
+    {"parallel", "optim", "ema", "perturb"},
     {"monitor"},
     {"rundir"},
     {"cli", "report"},
     {"run"},
-    {"train"},
+    {"train", "theorem", "probe", "sweep"},
     {"__main__"},
 ]
-VERBS = {"train", "__main__"}
+VERBS = {"train", "theorem", "probe", "sweep", "__main__"}
 LEVEL = {name: level for level, names in enumerate(STAGES) for name in names}
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jepa_fast import schedules
 from jepa_fast.config import Config
 from jepa_fast.data import packing
 from jepa_fast.data.masks import sample_masks
@@ -102,7 +103,14 @@ class Loader:
         config = self.config
         epochs, samples = self.order.batch(step)
         masks = sample_masks(
-            config.masks, config.grid, self.seed, step, epochs, samples, self.rows.start, self.rows.stop
+            schedules.masks(config.masks, step, self.steps.stop - 1),
+            config.grid,
+            self.seed,
+            step,
+            epochs,
+            samples,
+            self.rows.start,
+            self.rows.stop,
         )
         plan = packing.plan(masks, config.num_tokens)
         epochs, samples = epochs[self.rows], samples[self.rows]

@@ -87,6 +87,7 @@ class CollapseMonitor:
         step: int | None = None,
         wait: float = 0.0,
         last: bool = False,
+        more: Callable[[], dict[str, float]] | None = None,
     ) -> Record | None:
         """One step, after its forward and before the optimizer's step. Returns the record if this step wrote one.
 
@@ -96,7 +97,8 @@ class CollapseMonitor:
         a bool mask [B, N], or rows [T] of the flattened [B * N]. None: target is of the same tokens as context.
         hidden: likewise the tokens that the loss is taken at, `hidden_weight` [T] their weights in it (None: equal).
         step: optimizer steps made so far; None counts calls. wait: seconds this step waited for data.
-        last: write a record (and examine) whatever the period.
+        last: write a record (and examine) whatever the period. more: asked on the steps of a record for what else
+        belongs into it.
         """
         self.step = self.step if step is None else step
         loss = torch.as_tensor(loss).detach().float()
@@ -108,7 +110,7 @@ class CollapseMonitor:
             with torch.no_grad():
                 signals = self._signals(loss, context, target, visible, hidden, hidden_weight)
             seldom = self._examines(last) if self.examination else self._num_records % RECORDS_A_LOOK == 0
-            record = self._write(signals, examined, seldom)
+            record = self._write(signals, examined | (more() if more else {}), seldom)
             if seldom and self.identity:
                 self.identity.remember()
         self.step += 1

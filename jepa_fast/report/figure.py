@@ -1,7 +1,12 @@
-"""The figure of a run, after the paper's figure 4. In: records and events. Out: a matplotlib figure."""
+"""The figures of one run. In: records and events. Out: matplotlib figures.
+
+`phase_figure` is the glance, after the paper's figure 4; `detail_figures` are what lies behind it.
+"""
 
 import io
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -21,8 +26,9 @@ COLOURS = {
 LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 MOST_POINTS = 600  # of a line; more cannot be seen
 
-# title, height, scale, lines: (key, label, colour, style)
-PANELS = (
+Line = tuple[str, str, str, str]  # key, label, colour, style
+Panel = tuple[str, float, str, tuple[Line, ...]]  # title, height, scale, lines
+PANELS: tuple[Panel, ...] = (
     ("Training loss", 1.2, "log", (("loss", "loss", "ink", "-"),)),
     ("Linear probe, accuracy", 1.5, "linear", (
         ("probe/context", "context encoder", "blue", "-"), ("probe/target", "target encoder", "orange", "-"),
@@ -33,72 +39,144 @@ PANELS = (
     ("Instance spread of the target encoder", 0.8, "linear", (("spread", "spread", "ink", "-"),)),
     ("Drift ‖θ − θ̄‖ of the weights", 0.8, "linear", (("drift/total", "drift", "ink", "-"),)),
 )  # fmt: skip
+# name of the section: (what to read there, its panels)
+DETAILS: dict[str, tuple[str, tuple[Panel, ...]]] = {
+    "Where the discrepancy comes from": (
+        "Equation 4 splits C into what masking does to the context encoder and what the EMA lag does; C is at most their "
+        "sum, which is asserted at every look. The bound γ is shown term by term beside what it bounds: how far it lies "
+        "above says how little it can decide. For encoders of more than one layer γ is a heuristic.",
+        (
+            ("Equation 4, on fixed inputs and masks", 1.2, "log", (
+                ("mismatch/both", "C", "green", "-"), ("mismatch/input", "input mismatch", "blue", "-"),
+                ("mismatch/ema", "EMA mismatch", "orange", "--"))),
+            ("Bound γ against what it bounds", 1.3, "log", (
+                ("bound/gamma", "γ", "ink", "-"), ("bound/mask_term", "L B √(pN)", "blue", "-"),
+                ("bound/ema_term", "‖D‖ ‖x‖", "orange", "--"), ("bound/measured", "measured", "green", "-"))),
+        ),
+    ),
+    "How many directions the features use": (
+        "Spectra of pooled features. They need not fall in the collapse phase: RankMe is blind to scale, and often falls "
+        "when features get better.",
+        (
+            ("Effective directions", 1.3, "log", (
+                ("rankme", "RankMe, target", "orange", "-"), ("rankme/context", "RankMe, context", "blue", "-"),
+                ("participation", "participation", "purple", "-"), ("lidar", "LiDAR", "green", "-"))),
+            ("Decay α of the spectrum (α-ReQ), target encoder", 0.7, "linear", (("alpha_req", "α", "ink", "-"),)),
+        ),
+    ),
+    "Throughput and health": (
+        "",
+        (
+            ("Samples per second", 0.7, "linear", (("images_per_s", "samples/s", "ink", "-"),)),
+            ("Predictor's skill: 0 is the best constant, 1 is perfect", 0.8, "linear", (("skill", "skill", "ink", "-"),)),
+            ("Residual of θ − θ̄ against theorem 4.2 (1 = rounding at its worst)", 0.7, "linear", (
+                ("identity/residual", "residual", "ink", "-"),)),
+        ),
+    ),
+}  # fmt: skip
 # The curve an event is drawn on. Probe events bound the shaded steps.
 MARKED = {"loss_minimum": "loss", "discrepancy_valley": "discrepancy/visible", "variance_escape": "spread"}
-SMALL = {"fontsize": 8, "color": LIGHT["muted"]}
+SMALL: dict[str, Any] = {"fontsize": 8, "color": LIGHT["muted"]}
 
 
 def phase_figure(records: list[Record], events: list[Record]) -> Figure:
     """The paper's figure 4 for this run: loss, probes, discrepancy, spread and drift over the steps."""
-    panels = [panel for panel in PANELS if any(values(records, key) for key, *_ in panel[3])]
-    layers = sorted({k for r in records for k in r if k.startswith("drift/")} - {"drift/total"}, reverse=True)
-    rows = [r for r in records if layers and all((phase.number(r.get(k)) or 0) > 0 for k in layers)]
-    heights = [height for _, height, *_ in panels] + [0.2 + 0.16 * len(layers)] * (len(rows) > 1)
+    return _figure(PANELS, records, events)
+
+
+def detail_figures(records: list[Record]) -> dict[str, tuple[str, Figure]]:
+    """{section: (what to read there, figure)}, of sections that the records have something for."""
+    figures: dict[str, tuple[str, Figure]] = {}
+    for title, (says, panels) in DETAILS.items():
+        if any(values(records, line[0]) for panel in panels for line in panel[3]):
+            figures[title] = (says, _figure(panels, records, []))
+    for prefix, said in (("drift_relative/", "‖θ − θ̄‖ / ‖θ‖ of every layer"), ("drift/", "‖θ − θ̄‖ of every layer")):
+        if len(_complete_rows(records, _layers(records, prefix))) > 1:
+            says = f"{said}: where the two encoders differ."
+            figures["Which layers drift"] = (says, _figure((), records, [], layers=prefix))
+            break
+    return figures
+
+
+def _figure(panels: Sequence[Panel], records: list[Record], events: list[Record], layers: str = "") -> Figure:
+    panels = [panel for panel in panels if any(values(records, key) for key, *_ in panel[3])]
+    names = _layers(records, layers) if layers else []
+    rows = _complete_rows(records, names)
+    heights = [height for _, height, *_ in panels] + [0.2 + 0.16 * len(names)] * (len(rows) > 1)
     figure = Figure(figsize=(6.4, 0.6 + 1.35 * sum(heights)), facecolor=LIGHT["paper"], layout="constrained")
-    if not panels:
+    if not heights:
         figure.text(0.5, 0.5, "no records yet", ha="center", color=LIGHT["muted"])
         return figure
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for ax in axes:
-        ax.set_facecolor("none")
-        ax.spines[:].set_visible(False)
-        ax.tick_params(colors=LIGHT["muted"], labelsize=8, length=0)
-    for ax, (title, _, scale, lines) in zip(axes, panels, strict=False):
+        bare(ax)
+    for ax, (title, height, scale, lines) in zip(axes, panels, strict=False):
         ax.set_title(title, loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
-        _draw(ax, scale, lines, records)
+        _draw(ax, scale, lines, records, 1.1 * height)
         for event in events:
             if MARKED.get(event["kind"]) in [key for key, *_ in lines]:
                 _mark(ax, values(records, MARKED[event["kind"]]), event)
-        for start, stop in _below(records, events):
+        for start, stop in below(records, events):
             ax.axvspan(start, stop, color=LIGHT["band"], linewidth=0, zorder=0)
             if ax is axes[0]:
                 where = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top"}
-                ax.text((start + stop) / 2, 0.95, "target probe\nbelow untrained", **where, **SMALL)
+                ax.text((start + stop) / 2, 0.95, "features\nbelow untrained", **where, **SMALL)
     if len(rows) > 1:
-        _draw_layers(axes[-1], rows[:: math.ceil(len(rows) / 200)], layers)
+        _draw_layers(axes[-1], rows[:: math.ceil(len(rows) / 200)], names, layers)
     axes[-1].set_xlabel("step", **SMALL)
     return figure
 
 
-def _draw(ax: Axes, scale: str, lines: tuple[tuple[str, str, str, str], ...], records: list[Record]) -> None:
-    ax.set_yscale(scale)
+def bare(ax: Axes) -> None:
+    ax.set_facecolor("none")
+    ax.spines[:].set_visible(False)
+    ax.tick_params(colors=LIGHT["muted"], labelsize=8, length=0)
+
+
+def log_axis(ax: Axes) -> None:
+    """Ticks at 1 and 3 of each decade, as plain numbers."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def thinned(points: list[tuple[int, float]], scale: str) -> list[tuple[int, float]]:
+    """What can be drawn of a line, and seen."""
+    points = [(s, v) for s, v in points if v > 0 or scale == "linear"]
+    return points[:: math.ceil(len(points) / MOST_POINTS) or 1] + points[-1:]
+
+
+def _draw(ax: Axes, scale: str, lines: tuple[Line, ...], records: list[Record], inches: float) -> None:
     if scale == "log":
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_locator(NullLocator())
+        log_axis(ax)
     ax.margins(x=0, y=0.15)
     ax.grid(axis="y", color=LIGHT["rule"], linewidth=0.6)
     ends = []
     for key, label, colour, style in lines:
-        points = [(s, v) for s, v in values(records, key) if v > 0 or scale == "linear"]
-        points = points[:: math.ceil(len(points) / MOST_POINTS) or 1] + points[-1:]
+        points = thinned(values(records, key), scale)
         ax.plot([s for s, _ in points], [v for _, v in points], style, color=LIGHT[colour], linewidth=1.4)
         ends += [(value, f"{label} {value:#.3g}", LIGHT[colour]) for _, value in points[-1:]]
+    room = 0.12 if lines[0][0] in MARKED.values() else 0.0  # for the names of events on the floor
+    label_ends(ax, ends, inches, room)
+
+
+def label_ends(ax: Axes, ends: list[tuple[float, str, str]], inches: float, room: float = 0.0) -> None:
+    """(value, text, colour) of each line: written at its right end, moved apart where they would touch.
+
+    inches: height of the panel, about. room: share of it that is kept free below the lines.
+    """
     up = ax.transScale
     low, high = (up.transform((0, y))[1] for y in ax.get_ylim())
-    if lines[0][0] in MARKED.values():  # room for the names of events on the floor
-        low -= 0.12 * (high - low)
+    if room:
+        low -= room * (high - low)
         ax.set_ylim(bottom=up.inverted().transform((0, low))[1])
-    _label_ends(ax, sorted(((up.transform((0, v))[1] - low) / (high - low), text, c) for v, text, c in ends))
-
-
-def _label_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """(height 0 to 1, text, colour) of each line, low to high: written at its right end, moved apart where they touch."""
-    at = [height for height, *_ in ends]
+    ends = sorted(((up.transform((0, v))[1] - low) / (high - low), text, colour) for v, text, colour in ends)
+    at, gap = [height for height, *_ in ends], 0.15 / inches
     for i in range(1, len(at)):
-        at[i] = max(at[i], at[i - 1] + 0.12)
+        at[i] = max(at[i], at[i - 1] + gap)
     for i in reversed(range(len(at))):
-        at[i] = min(at[i], at[i + 1] - 0.12 if i + 1 < len(at) else 1.0)
+        at[i] = min(at[i], at[i + 1] - gap if i + 1 < len(at) else 1.0)
     for y, (_, text, colour) in zip(at, ends, strict=True):
         ax.text(1.015, y, text, transform=ax.transAxes, va="center", fontsize=8, color=colour)
 
@@ -116,20 +194,34 @@ def _mark(ax: Axes, points: list[tuple[int, float]], event: Record) -> None:
             va="bottom", fontsize=8, color=LIGHT["ink"])  # fmt: skip
 
 
-def _below(records: list[Record], events: list[Record]) -> list[tuple[int, int]]:
-    """Steps during which the target probe stood below the untrained encoder's, as the events have it."""
+def below(records: list[Record], events: list[Record]) -> list[tuple[int, int]]:
+    """Steps during which the probes stood below the untrained encoder's, as the events have it."""
     turns = [e["step"] for e in events if e["kind"] in ("features_below_untrained", "features_recovered")]
     return list(zip(turns[::2], [*turns[1::2], records[-1]["step"]], strict=False))
 
 
-def _draw_layers(ax: Axes, rows: list[Record], layers: list[str]) -> None:
-    values = [[row[key] for row in rows] for key in layers]
-    low, high = min(map(min, values)), max(map(max, values))
-    title = f"Drift by layer, from {low:.2g} (dark) to {high:.2g} (light)"
+def _layers(records: list[Record], prefix: str) -> list[str]:
+    """In the order of the encoder: embedding, blocks by number, the rest."""
+    names = {k for r in records for k in r if k.startswith(prefix)} - {f"{prefix}total"}
+    numbered = [(int(n.rsplit(".", 1)[-1]) if n.rsplit(".", 1)[-1].isdigit() else -1, n) for n in names]
+    ends = sorted(n for number, n in numbered if number < 0)
+    first = [n for n in ends if "embed" in n]
+    return [*[n for n in ends if n not in first][::-1], *[n for number, n in sorted(numbered, reverse=True) if number >= 0], *first]  # fmt: skip
+
+
+def _complete_rows(records: list[Record], names: list[str]) -> list[Record]:
+    return [r for r in records if names and all((phase.number(r.get(k)) or 0) > 0 for k in names)]
+
+
+def _draw_layers(ax: Axes, rows: list[Record], names: list[str], prefix: str) -> None:
+    drawn = [[row[key] for row in rows] for key in names]
+    low, high = min(map(min, drawn)), max(map(max, drawn))
+    relative = ", relative," if "relative" in prefix else ""
+    title = f"Drift{relative} by layer, from {low:.2g} (dark) to {high:.2g} (light)"
     ax.set_title(title, loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
-    ax.pcolormesh([row["step"] for row in rows], range(len(layers)), values, norm=LogNorm(low, high), cmap="cividis",
+    ax.pcolormesh([row["step"] for row in rows], range(len(names)), drawn, norm=LogNorm(low, high), cmap="cividis",
                   shading="nearest", rasterized=True)  # fmt: skip
-    ax.set_yticks(range(len(layers)), [key.removeprefix("drift/") for key in layers])
+    ax.set_yticks(range(len(names)), [key.removeprefix(prefix) for key in names])
 
 
 def svg(figure: Figure) -> str:

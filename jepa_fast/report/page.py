@@ -1,6 +1,7 @@
 """report.html: one file that works offline. In: records, events, configuration and the figure. Out: the page's text."""
 
 import math
+import re
 from html import escape
 from typing import Any
 
@@ -15,8 +16,9 @@ CLAIMS = """<h2>What is measured beside what is claimed</h2>
 <li><b>A small discrepancy is neither necessary nor sufficient</b> for useless features. It is small before the first
 step, has a valley near the loss minimum in runs that dip, and can end below that valley with the best features. Its
 shape is reported; its level decides nothing.</li>
-<li><b>The bound γ</b> (theorem 4.2, proposition 4.4) is an upper bound. It cannot show that the discrepancy is small, so
-it is not used.</li>
+<li><b>The bound γ</b> (theorem 4.2, proposition 4.4) is an upper bound for one layer. It cannot show that the
+discrepancy is small, so nothing is decided by it. Proposition 4.4's γ grows with the masking ratio, while definition 4.1
+reads a small γ as collapse.</li>
 <li><b>Corollary 4.3</b> says that a larger decay β reduces the discrepancy. The identity behind it,
 θ<sub>t</sub> − θ̄<sub>t</sub> = βΔ<sub>t</sub> − (1−β) Σ β<sup>t−l</sup> Δ<sub>l</sub>, gives the opposite for weights
 that move steadily: 0 at β = 0 and all of ‖Δ<sub>t</sub>‖ at β = 1. The drift above is measured: compare runs.</li>
@@ -27,7 +29,7 @@ CSS = f""":root{{{"".join(f"--{name}:{light};" for name, (light, _) in COLOURS.i
 body{{background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif;max-width:46rem;margin:0 auto;padding:2rem 1rem}}
 h1{{font-size:1.5rem;margin:0}}h2{{font-size:1.1rem;margin:2.5rem 0 .5rem}}.quiet{{color:var(--muted);margin:.2rem 0}}
 .verdict{{font-size:1.1rem;border-left:4px solid var(--orange);padding-left:1rem;margin:1.5rem 0}}details{{margin-top:2.5rem}}
-.wide{{overflow-x:auto}}svg{{width:100%;min-width:30rem;height:auto}}svg text{{font-family:system-ui,sans-serif!important}}
+.wide{{overflow-x:auto}}.card{{background:#fff;padding:.5rem;border-radius:6px}}svg{{width:100%;min-width:30rem;height:auto}}svg text{{font-family:system-ui,sans-serif!important}}
 table{{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}}th{{color:var(--muted)}}
 td,th{{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;border-bottom:1px solid var(--rule);font-weight:400}}"""
 
@@ -35,15 +37,21 @@ NUMBERS = {
     "loss": "training loss", "probe/target": "probe, target encoder", "probe/context": "probe, context encoder",
     "discrepancy/visible": "discrepancy, visible tokens", "discrepancy/full": "discrepancy, whole inputs",
     "discrepancy/relative": "visible / spread", "spread": "instance spread", "skill": "predictor skill",
-    "drift/total": "drift ‖θ − θ̄‖", "rankme": "RankMe, target encoder", "images_per_s": "samples per second",
+    "drift/total": "drift ‖θ − θ̄‖", "rankme": "RankMe, target encoder", "lidar": "LiDAR, target encoder",
+    "bound/gamma": "bound γ", "bound/measured": "what γ bounds", "images_per_s": "samples per second",
+    "time/data_wait": "seconds a step waited for data",
 }  # fmt: skip
 
 
-def page(name: str, records: list[Record], events: list[Record], svg: str, config: Config | None, trouble: str) -> str:
-    """The report of run `name`. `trouble` says why `config` is None."""
+Section = tuple[str, str, str]  # heading, what to read there, drawing
+
+
+def page(
+    name: str, records: list[Record], events: list[Record], svg: str, sections: list[Section], config: Config | None,
+    trouble: str,
+) -> str:  # fmt: skip
+    """The report of run `name`: `svg` is the glance, `sections` what lies behind it. `trouble` says why `config` is None."""
     told, description = [e for e in events if "evidence" in e], _description(config)
-    for colour, (light, _) in COLOURS.items():  # the page's own colours, so that the figure follows light and dark
-        svg = svg.replace(light, f"var(--{colour})")
     facts = [
         (
             f"{e['step']:,}",
@@ -60,16 +68,51 @@ def page(name: str, records: list[Record], events: list[Record], svg: str, confi
 <title>{escape(name)}</title><style>{CSS}</style></head><body>
 <h1>{escape(name)}</h1><p class="quiet">{escape(description)}</p><p class="quiet">{_progress(records, config)}</p>
 <p class="verdict">{escape(verdict(records, told, description))}</p>
-<div class="wide">{svg[svg.index("<svg") :]}</div>
+<div class="wide">{inline(svg, 0)}</div>
 <h2>Events</h2>{_table(("step", "event", "called at", "confidence", "evidence"), facts, "None so far.")}
 <p class="quiet">Each states a fact about one curve, by what was known when it was called. Confidence is the chance that
 it is no accident of noise; it does not say that anything is wrong.</p>
 <h2>Key numbers</h2>{_table(("", "start", "lowest", "at step", "at loss minimum", "end"), _numbers(records, told), "None yet.")}
+{"".join(_section(number, *section) for number, section in enumerate(sections, start=1))}
 {CLAIMS}
 <h2>Skipped steps, bad samples, resumes</h2>{_table(("step", "event", "details"), _incidents(events), "None.")}
 <details><summary>Settings</summary>{_table(("field", "value"), settings, trouble)}</details>
 </body></html>
 """
+
+
+def comparison(title: str, svg: str, rows: list[Record], claims: list[str]) -> str:
+    """Several runs beside each other: figure, table, claims."""
+    head = tuple(rows[0]) if rows else ()
+    body = [tuple(f"{v:.4g}" if isinstance(v, float) else v for v in row.values()) for row in rows]
+    said = "".join(f"<li>{escape(line)}</li>" for line in claims)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{escape(title)}</title><style>{CSS}body{{max-width:64rem}}</style></head><body>
+<h1>{escape(title)}</h1>
+<div class="wide card">{inline(svg, 0, themed=False)}</div>
+<h2>Numbers</h2>{_table(head, body, "None yet.")}
+{f"<h2>What the paper claims, and what was measured</h2><ul>{said}</ul>" if said else ""}
+</body></html>
+"""
+
+
+def inline(svg: str, number: int, themed: bool = True) -> str:
+    """A drawing as part of a page: names of its own, and (themed) the page's colours, so that it follows light and dark."""
+    svg = svg[svg.index("<svg") :]
+    used = set(re.findall(r'#([\w.-]+)["\')]', svg))
+    svg = re.sub(r' id="([\w.-]+)"', lambda m: f' id="d{number}-{m[1]}"' if m[1] in used else "", svg)
+    for name in used:
+        svg = re.sub(rf'#{re.escape(name)}(["\')])', rf"#d{number}-{name}\1", svg)
+    if themed:
+        for colour, (light, _) in COLOURS.items():
+            svg = svg.replace(light, f"var(--{colour})")
+    return svg
+
+
+def _section(number: int, heading: str, says: str, svg: str) -> str:
+    quiet = f'<p class="quiet">{escape(says)}</p>' if says else ""
+    return f'<h2>{escape(heading)}</h2>{quiet}<div class="wide">{inline(svg, number)}</div>\n'
 
 
 def _description(config: Config | None) -> str:

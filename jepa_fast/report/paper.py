@@ -1,0 +1,198 @@
+"""Figures 1 to 5 of the paper, from run folders. In: runs. Out: matplotlib figures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jepa_fast.errors import UsageError
+from jepa_fast.report.compare import Compared, order, smooth
+from jepa_fast.report.figure import LIGHT, SMALL, bare, below, label_ends, log_axis, svg, thinned
+from jepa_fast.report.verdict import last_of, values
+
+CAPTIONS = {
+    1: "The collapse phase: training loss and linear probe of one run",
+    2: "Training loss of several runs, the early phase enlarged",
+    3: "The phase on several data sets: training loss and linear probe",
+    4: "The collapse hypothesis: loss, probe, discrepancy",
+    5: "A hyperparameter's effect on loss and probe",
+}
+HUES = ("blue", "orange", "green", "purple", "ink", "muted")
+Curve = tuple[str, str, str]  # label, colour, style
+
+
+def figure(number: int, runs: Sequence[Compared]) -> Figure:
+    """Raises UsageError on a number the paper has not, or too many runs for it."""
+    if number not in CAPTIONS:
+        raise UsageError(f"--figure {number}: the paper has figures 1 to 5")
+    if not runs:
+        raise UsageError(f"--figure {number} needs the folder of a run")
+    if number in (1, 4) and len(runs) > 1:
+        raise UsageError(f"figure {number} shows one run, and {len(runs)} were given; figures 2, 3 and 5 show several")
+    return {1: _one, 2: _losses, 3: _losses_and_probes, 4: _hypothesis, 5: _sensitivity}[number](runs)
+
+
+def write(number: int, runs: Sequence[Compared], stem: Path) -> Path:
+    """Write <stem>.png and <stem>.svg; the path of the first."""
+    drawn = figure(number, runs)
+    drawing = svg(drawn)
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(stem.with_name(stem.name + ".png"), dpi=160)
+        stem.with_name(stem.name + ".svg").write_text(drawing)
+    except OSError as error:
+        raise UsageError(f"cannot write {stem}.png ({error.strerror}); give another --out") from None
+    return stem.with_name(stem.name + ".png")
+
+
+# ---- the five -------------------------------------------------------------------------------------
+
+
+def _one(runs: Sequence[Compared]) -> Figure:
+    drawn, (left, right) = _canvas(1, 2)
+    _loss(left, runs[0], [("loss", "ink", "-")], inset=True)
+    _probe(right, runs[0])
+    _shade(runs[0], left, right)
+    return drawn
+
+
+def _losses(runs: Sequence[Compared]) -> Figure:
+    columns = min(2, len(runs))
+    drawn, axes = _canvas(-(-len(runs) // columns), columns)
+    for ax, run in zip(axes, runs, strict=False):
+        _loss(ax, run, [(run.label, "ink", "-")], inset=True)
+        ax.set_title(run.label, loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
+        _shade(run, ax)
+    for ax in axes[len(runs) :]:
+        ax.set_axis_off()
+    return drawn
+
+
+def _losses_and_probes(runs: Sequence[Compared]) -> Figure:
+    drawn, (left, right) = _canvas(1, 2)
+    _many(left, right, runs, _hues(len(runs)))
+    if len(runs) == 1:
+        _shade(runs[0], left, right)
+    return drawn
+
+
+def _hypothesis(runs: Sequence[Compared]) -> Figure:
+    drawn, (left, middle, right) = _canvas(1, 3)
+    run = runs[0]
+    _loss(left, run, [("loss", "ink", "-")])
+    _probe(middle, run)
+    right.set_title("Discrepancy C", loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
+    log_axis(right)
+    keys = (("discrepancy/visible", "visible", "green"), ("discrepancy/full", "whole", "blue"))
+    _lines(right, [(values(run.records, key), (label, colour, "-")) for key, label, colour in keys], "log")
+    _shade(run, left, middle, right)
+    return drawn
+
+
+def _sensitivity(runs: Sequence[Compared]) -> Figure:
+    runs = sorted(runs, key=order)
+    drawn, (left, right) = _canvas(1, 2, height=3.6)
+    _many(left, right, runs, _ordered_hues(len(runs)))
+    return drawn
+
+
+# ---- pieces ---------------------------------------------------------------------------------------
+
+
+def _canvas(rows: int, columns: int, height: float = 2.8) -> tuple[Figure, list[Axes]]:
+    drawn = Figure(figsize=(4.6 * columns, height * rows), facecolor=LIGHT["paper"], layout="constrained")
+    axes = drawn.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for ax in axes:
+        bare(ax)
+        ax.grid(axis="y", color=LIGHT["rule"], linewidth=0.6)
+        ax.margins(x=0, y=0.1)
+        ax.set_xlabel("step", **SMALL)
+    return drawn, axes
+
+
+def _lines(ax: Axes, lines: list[tuple[list[tuple[int, float]], Curve]], scale: str, inches: float = 2.1) -> None:
+    ends = []
+    for points, (label, colour, style) in lines:
+        points = thinned(points, scale)
+        shade = LIGHT.get(colour, colour)
+        ax.plot([s for s, _ in points], [v for _, v in points], style, color=shade, linewidth=1.4)
+        ends += [(value, label, shade) for _, value in points[-1:] if label]
+    label_ends(ax, ends, inches)
+
+
+def _loss(ax: Axes, run: Compared, curves: list[Curve], inset: bool = False) -> None:
+    ax.set_title("Training loss", loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
+    log_axis(ax)
+    points = values(run.records, "loss")
+    _lines(ax, [(points, curves[0])], "log")
+    if inset:
+        _inset(ax, [(points, curves[0])], _bottom(run))
+
+
+def _probe(ax: Axes, run: Compared) -> None:
+    ax.set_title("Linear probe, accuracy", loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
+    keys = (("context", "context", "blue", "-"), ("target", "target", "orange", "-"),
+            ("untrained", "untrained", "muted", "--"), ("majority", "majority", "muted", ":"))  # fmt: skip
+    _lines(ax, [(values(run.records, f"probe/{key}"), (label, colour, style)) for key, label, colour, style in keys], "linear")  # fmt: skip
+
+
+def _many(left: Axes, right: Axes, runs: Sequence[Compared], hues: list[str]) -> None:
+    left.set_title("Training loss", loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
+    right.set_title("Linear probe of the target encoder", loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
+    log_axis(left)
+    losses = [(smooth(values(run.records, "loss"), 0.005), (run.label, hue, "-")) for run, hue in zip(runs, hues, strict=True)]  # fmt: skip
+    _lines(left, losses, "log", 2.9)
+    probes = [(values(run.records, "probe/target"), (run.label, hue, "-")) for run, hue in zip(runs, hues, strict=True)]
+    baselines = {round(values(run.records, "probe/untrained")[-1][1], 4) for run in runs if values(run.records, "probe/untrained")}  # fmt: skip
+    if len(baselines) == 1:
+        probes.append((values(runs[0].records, "probe/untrained"), ("untrained", "muted", "--")))
+    _lines(right, probes, "linear", 2.9)
+    early = max((_bottom(run) for run in runs), default=0)
+    if len(runs) > 1 and 0 < 2 * early < runs[0].records[-1]["step"]:
+        _inset(left, losses, early)
+
+
+def _bottom(run: Compared) -> int:
+    """Step of the loss minimum, as called or as it is."""
+    called = last_of("loss_minimum", run.events)
+    points = smooth(values(run.records, "loss"))
+    return called["step"] if called else min(points, key=lambda p: p[1])[0] if points else 0
+
+
+def _inset(ax: Axes, lines: list[tuple[list[tuple[int, float]], Curve]], bottom: int) -> None:
+    """The early phase, up to half as far again as the loss minimum, in the upper right corner where no curve is."""
+    last = max(points[-1][0] for points, _ in lines if points)
+    if not 0 < bottom * 1.5 < 0.7 * last:
+        return
+    small = ax.inset_axes((0.52, 0.56, 0.46, 0.4))
+    small.set_facecolor(LIGHT["paper"])
+    small.spines[:].set_color(LIGHT["rule"])
+    small.tick_params(colors=LIGHT["muted"], labelsize=6, length=0, pad=1)
+    for points, (_, colour, style) in lines:
+        early = [(s, v) for s, v in points if s <= 1.5 * bottom and v > 0]
+        small.plot([s for s, _ in early], [v for _, v in early], style, color=LIGHT.get(colour, colour), linewidth=1)
+    log_axis(small)
+    small.set_xticks([0, round(1.5 * bottom)])
+
+
+def _shade(run: Compared, *axes: Axes) -> None:
+    """The phase by the probe; without one, the steps up to the loss minimum."""
+    spans = below(run.records, run.events)
+    called = last_of("loss_minimum", run.events)
+    for start, stop in spans or ([(0, called["step"])] if called else []):
+        for ax in axes:
+            ax.axvspan(start, stop, color=LIGHT["band"], linewidth=0, zorder=0)
+    said = "shaded: features below untrained" if spans else "shaded: loss falling" if called else ""
+    axes[0].text(0.02, 0.02, said, transform=axes[0].transAxes, **SMALL)
+
+
+def _hues(count: int) -> list[str]:
+    return [LIGHT[HUES[i]] for i in range(count)] if count <= len(HUES) else _ordered_hues(count)
+
+
+def _ordered_hues(count: int) -> list[str]:
+    """Dark to bright, so that the order is read without colours; the palest end is left out."""
+    ramp = matplotlib.colormaps["plasma"]
+    return [matplotlib.colors.to_hex(ramp(0.82 * i / max(1, count - 1))) for i in range(count)]
