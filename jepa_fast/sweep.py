@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from jepa_fast import cli, log
+from jepa_fast import checkpoint, cli, log, rundir
 from jepa_fast.errors import UsageError, one_line_errors
 from jepa_fast.report import compare, paper
 
@@ -106,6 +106,9 @@ def execute(plan: Plan) -> dict[str, str]:
 
     def one(name: str, arguments: list[str]) -> None:
         folder = plan.folder / name
+        if complete(folder):
+            print(f"{name}: complete", flush=True)
+            return
         command = [
             sys.executable, "-m", "jepa_fast.train", plan.preset, "--parallel.threads", str(threads), *plan.fixed,
             *arguments, "--run.dir", str(folder), "--resume", "auto",
@@ -123,6 +126,13 @@ def execute(plan: Plan) -> dict[str, str]:
     with ThreadPoolExecutor(plan.jobs) as pool:
         list(pool.map(lambda item: one(*item), runs.items()))
     return failed
+
+
+def complete(folder: Path) -> bool:
+    """Whether the run has made its last step and written its report."""
+    config = rundir.saved_config(folder)
+    last = config.train.steps if config else 0
+    return bool(last) and last in checkpoint.found(folder) and (folder / "report.html").exists()
 
 
 def _claim(plan: Plan) -> None:

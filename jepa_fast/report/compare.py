@@ -160,11 +160,11 @@ def claims(runs: list[Compared]) -> list[str]:
 
 def _by(runs: list[Compared], field: str) -> dict[float, list[dict[str, float]]]:
     """{value of `field`: measurements of its runs}, if only seeds vary beside it; else {}."""
-    if any(set(run.fields) - {field, "train.seed"} for run in runs) or not all(field in run.fields for run in runs):
+    if any(set(run.fields) - {field, "train.seed"} or not isinstance(run.fields.get(field), float) for run in runs):
         return {}
     groups: dict[float, list[dict[str, float]]] = {}
     for run in sorted(runs, key=order):
-        groups.setdefault(float(run.fields[field]), []).append(measure(run))
+        groups.setdefault(run.fields[field], []).append(measure(run))
     return groups
 
 

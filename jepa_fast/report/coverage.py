@@ -87,8 +87,6 @@ def coverage_figure(found: Coverage) -> Figure:
     wide = 4 * math.sqrt(found.bernoulli_variance)
     ax.set_xlim(max(-0.5, min(span.start, n * p - wide)), min(n + 0.5, max(span.stop, n * p + wide)))
     ax.set_title("Tokens hidden", loc="left", fontsize=9, color=LIGHT["ink"])
-    ax.text(0.98, 0.97, "independent\ntokens", transform=ax.transAxes, ha="right", va="top", fontsize=8,
-            color=LIGHT["orange"])  # fmt: skip
     ax.set_yticks([])
-    ax.set_xlabel("drawn (bars)", **SMALL)
+    ax.set_xlabel("bars: drawn; line: independent tokens", **SMALL)
     return figure

@@ -156,7 +156,7 @@ def _draw(ax: Axes, scale: str, lines: tuple[Line, ...], records: list[Record], 
     for key, label, colour, style in lines:
         points = thinned(values(records, key), scale)
         ax.plot([s for s, _ in points], [v for _, v in points], style, color=LIGHT[colour], linewidth=1.4)
-        ends += [(value, f"{label} {value:#.3g}", LIGHT[colour]) for _, value in points[-1:]]
+        ends += [(v, f"{label} {v:#.3g}".removesuffix("."), LIGHT[colour]) for _, v in points[-1:]]
     room = 0.12 if lines[0][0] in MARKED.values() else 0.0  # for the names of events on the floor
     label_ends(ax, ends, inches, room)
 
@@ -187,7 +187,7 @@ def _mark(ax: Axes, points: list[tuple[int, float]], event: Record) -> None:
         return
     step, value = min(points, key=lambda point: abs(point[0] - event["step"]))
     across = ax.transLimits.transform((step, 1))[0]
-    side = "left" if across < 0.2 else "right" if across > 0.8 else "center"
+    side = "left" if across < 0.6 else "right"  # beside its line, not across it
     ax.vlines(step, ax.get_ylim()[0], value, color=LIGHT["ink"], linewidth=0.7)
     ax.plot([step], [value], "o", color=LIGHT["ink"], markersize=4)
     ax.text(step, 0.03, f" {event['kind'].replace('_', ' ')}, step {event['step']:,} ", transform=ax.get_xaxis_transform(), ha=side,

@@ -100,10 +100,9 @@ def comparison(title: str, svg: str, rows: list[Record], claims: list[str]) -> s
 def inline(svg: str, number: int, themed: bool = True) -> str:
     """A drawing as part of a page: names of its own, and (themed) the page's colours, so that it follows light and dark."""
     svg = svg[svg.index("<svg") :]
-    used = set(re.findall(r'#([\w.-]+)["\')]', svg))
+    used = set(re.findall(r'(?:url\(|href=")#([\w.-]+)', svg))
     svg = re.sub(r' id="([\w.-]+)"', lambda m: f' id="d{number}-{m[1]}"' if m[1] in used else "", svg)
-    for name in used:
-        svg = re.sub(rf'#{re.escape(name)}(["\')])', rf"#d{number}-{name}\1", svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#d{number}-", svg)
     if themed:
         for colour, (light, _) in COLOURS.items():
             svg = svg.replace(light, f"var(--{colour})")

@@ -112,13 +112,18 @@ def _canvas(rows: int, columns: int, height: float = 2.8) -> tuple[Figure, list[
     return drawn, axes
 
 
-def _lines(ax: Axes, lines: list[tuple[list[tuple[int, float]], Curve]], scale: str, inches: float = 2.1) -> None:
+def _lines(
+    ax: Axes, lines: list[tuple[list[tuple[int, float]], Curve]], scale: str, inches: float = 2.1, early: int = 0
+) -> None:
+    """Curves with their names at the right end; `early` above 0: the steps around it enlarged in an inset."""
     ends = []
     for points, (label, colour, style) in lines:
         points = thinned(points, scale)
         shade = LIGHT.get(colour, colour)
         ax.plot([s for s, _ in points], [v for _, v in points], style, color=shade, linewidth=1.4)
         ends += [(value, label, shade) for _, value in points[-1:] if label]
+    if early and any(points for points, _ in lines):
+        _inset(ax, lines, early)
     label_ends(ax, ends, inches)
 
 
@@ -126,9 +131,7 @@ def _loss(ax: Axes, run: Compared, curves: list[Curve], inset: bool = False) -> 
     ax.set_title("Training loss", loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
     log_axis(ax)
     points = values(run.records, "loss")
-    _lines(ax, [(points, curves[0])], "log")
-    if inset:
-        _inset(ax, [(points, curves[0])], _bottom(run))
+    _lines(ax, [(points, curves[0])], "log", early=_bottom(run) if inset else 0)
 
 
 def _probe(ax: Axes, run: Compared) -> None:
@@ -143,15 +146,13 @@ def _many(left: Axes, right: Axes, runs: Sequence[Compared], hues: list[str]) ->
     right.set_title("Linear probe of the target encoder", loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
     log_axis(left)
     losses = [(smooth(values(run.records, "loss"), 0.005), (run.label, hue, "-")) for run, hue in zip(runs, hues, strict=True)]  # fmt: skip
-    _lines(left, losses, "log", 2.9)
+    early = max((_bottom(run) for run in runs), default=0)
+    _lines(left, losses, "log", 2.9, early if len(runs) > 1 else 0)
     probes = [(values(run.records, "probe/target"), (run.label, hue, "-")) for run, hue in zip(runs, hues, strict=True)]
     baselines = {round(values(run.records, "probe/untrained")[-1][1], 4) for run in runs if values(run.records, "probe/untrained")}  # fmt: skip
     if len(baselines) == 1:
         probes.append((values(runs[0].records, "probe/untrained"), ("untrained", "muted", "--")))
     _lines(right, probes, "linear", 2.9)
-    early = max((_bottom(run) for run in runs), default=0)
-    if len(runs) > 1 and 0 < 2 * early < runs[0].records[-1]["step"]:
-        _inset(left, losses, early)
 
 
 def _bottom(run: Compared) -> int:
@@ -162,11 +163,15 @@ def _bottom(run: Compared) -> int:
 
 
 def _inset(ax: Axes, lines: list[tuple[list[tuple[int, float]], Curve]], bottom: int) -> None:
-    """The early phase, up to half as far again as the loss minimum, in the upper right corner where no curve is."""
+    """The early phase, up to half as far again as the loss minimum, in room that is made for it above the curves."""
     last = max(points[-1][0] for points, _ in lines if points)
     if not 0 < bottom * 1.5 < 0.7 * last:
         return
-    small = ax.inset_axes((0.52, 0.56, 0.46, 0.4))
+    later = [v for points, _ in lines for s, v in points if s > 0.3 * last and v > 0]
+    low, high = ax.get_ylim()
+    room = low * (1.15 * max(later) / low) ** (1 / 0.55)  # a logarithmic axis: what is later stays below 55 %
+    ax.set_ylim(low, max(high, room))
+    small = ax.inset_axes((0.4, 0.6, 0.58, 0.37))
     small.set_facecolor(LIGHT["paper"])
     small.spines[:].set_color(LIGHT["rule"])
     small.tick_params(colors=LIGHT["muted"], labelsize=6, length=0, pad=1)
