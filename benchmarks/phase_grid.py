@@ -1,7 +1,7 @@
 """The grid of runs on which the phase detector is calibrated: generated data, settings, training, thinned records.
 
-    python benchmarks/phase_grid.py FOLDER           train what FOLDER lacks (resumable), one run after another
-    python benchmarks/phase_grid.py FOLDER --gather  write the finished runs to benchmarks/results/phase_runs.jsonl
+    while python benchmarks/phase_grid.py FOLDER; do :; done    train what FOLDER lacks, one run a call
+    python benchmarks/phase_grid.py FOLDER --gather             write the finished runs to benchmarks/results/phase_runs.jsonl
 
 Every run is `python -m jepa_fast.train` with other data, seed and settings. The grid is split before anything is fitted,
 by generator *and* seed: the tuning half has even seeds and its own generators, the untouched half odd seeds and others.
@@ -134,36 +134,34 @@ def _cell(data: str, seed: int, steps: int, **changes: Any) -> Cell:
 
 
 def cells() -> list[Cell]:
-    """In the order they are trained: any beginning of the list is a fair sample of it."""
+    """In the order they are trained, a tuning run and an untouched one by turns: any beginning is a fair sample."""
     c = _cell
     return [
-        c("sensor", 0, 1400, decay=0.996), c("resonance", 1, 1400, decay=0.996), c("impacts", 0, 1400, decay=0.996),
-        c("bandwidth", 1, 1400, decay=0.996), c("sensor", 2, 1200, decay=0.9999), c("harmonics", 1, 1400, decay=0.996),
-        c("weak_line", 0, 1400, decay=0.996, lr=3e-4), c("sensor", 1, 1400, decay=0.99, lr=3e-4),
-        c("sensor", 2, 1200, decay=0.996, std=0.08), c("resonance", 3, 1200, decay=0.996, std=0.08),
-        c("sensor", 0, 1400, decay=0.996, norm=False, lr=3e-4), c("bandwidth", 3, 1400, decay=0.99, norm=False, lr=3e-4),
-        c("impacts", 2, 1200, decay=0.9), c("chirp", 3, 1200, decay=0.0),
-        c("weak_line", 2, 1200, decay=1.0), c("resonance", 1, 1200, decay=1.0),
-        c("sensor", 4, 1400, decay=0.999, depth=1), c("sensor", 3, 1400, decay=0.999, lr=3e-4),
-        c("textures", 0, 1600, decay=0.999), c("digits", 1, 900, decay=0.999),
-        c("sensor", 0, 1200, decay=0.0), c("bandwidth", 1, 1200, decay=0.9),
-        c("weak_line", 4, 1200, decay=0.996, std=0.05, loss="l1"), c("harmonics", 5, 1200, decay=0.996, std=0.05, loss="l1"),
-        c("impacts", 4, 1400, decay=0.99, lr=3e-4, width=64), c("resonance", 5, 1400, decay=0.99, lr=3e-4, width=64),
-        c("sensor", 6, 1800, decay=0.99, lr=1e-3), c("bandwidth", 5, 1800, decay=0.996, lr=1e-3),
-        c("sensor", 8, 1200, decay=0.9999, lr=1e-3), c("sensor", 5, 1200, decay=0.9999),
-        c("weak_line", 6, 1200, decay=0.996, ratio=0.4, depth=1), c("chirp", 7, 1200, decay=0.996, ratio=0.4, depth=1),
-        c("textures", 2, 1200, decay=0.996), c("digits", 3, 900, decay=0.996),
-        c("impacts", 6, 1200, decay=0.9999, std=0.05), c("resonance", 7, 1200, decay=0.9999, lr=3e-4),
-        c("sensor", 10, 1200, decay=0.996, std=0.05, lr=3e-4), c("sensor", 7, 1200, decay=0.996, std=0.05),
-        c("sensor", 12, 1200, decay=0.996, warmup=300, lr=3e-4), c("bandwidth", 7, 1200, decay=0.999, warmup=300, lr=3e-4),
-        c("weak_line", 8, 1200, decay=0.999, lr=1e-3, width=64), c("harmonics", 9, 1200, decay=0.999, lr=1e-3, width=64),
-        c("impacts", 8, 1200, decay=0.999, loss="l1"), c("resonance", 9, 1200, decay=0.999, loss="l1"),
-        c("sensor", 2, 1400, decay=0.996), c("sensor", 1, 1400, decay=0.996),
-        c("sensor", 4, 1200, decay=0.99, std=0.08, lr=1e-3), c("bandwidth", 9, 1200, decay=0.99, std=0.08, lr=1e-3),
-        c("weak_line", 10, 1200, decay=0.999), c("chirp", 11, 1200, decay=0.999),
-        c("impacts", 10, 1200, decay=0.996, norm=False), c("resonance", 11, 1200, decay=0.996, norm=False, lr=1e-3),
-        c("textures", 4, 1200, decay=0.9999), c("digits", 5, 900, decay=0.99),
-        c("sensor", 14, 1200, decay=1.0), c("sensor", 9, 1200, decay=0.0, lr=3e-4),
+        c("sensor", 0, 1400, decay=0.996), c("resonance", 1, 1200, decay=0.996),
+        c("impacts", 0, 1200, decay=0.996, width=64), c("bandwidth", 1, 1200, decay=0.996, width=64),
+        c("sensor", 2, 800, decay=0.9999, width=64), c("harmonics", 1, 800, decay=0.9999, width=64),
+        c("weak_line", 0, 1200, decay=0.99, lr=3e-4, width=64), c("sensor", 1, 1200, decay=0.99, lr=3e-4, width=64),
+        c("sensor", 2, 800, decay=0.996, std=0.08, width=64), c("chirp", 3, 800, decay=0.996, std=0.08, width=64),
+        c("sensor", 4, 1000, decay=0.996, norm=False, lr=3e-4, width=64), c("bandwidth", 3, 1000, decay=0.99, norm=False, lr=3e-4, width=64),
+        c("impacts", 2, 800, decay=0.9, width=64, depth=1), c("resonance", 3, 800, decay=0.0, width=64, depth=1),
+        c("weak_line", 2, 600, decay=1.0, width=64), c("sensor", 3, 600, decay=1.0, width=64),
+        c("sensor", 6, 1200, decay=0.999, lr=3e-4), c("harmonics", 5, 1200, decay=0.999, lr=3e-4, width=64),
+        c("textures", 0, 1200, decay=0.999), c("digits", 1, 600, decay=0.999),
+        c("weak_line", 4, 800, decay=0.996, std=0.05, loss="l1", width=64), c("chirp", 5, 800, decay=0.996, std=0.05, loss="l1", width=64),
+        c("sensor", 8, 1800, decay=0.996, lr=1e-3, width=64), c("resonance", 5, 1800, decay=0.99, lr=1e-3, width=64),
+        c("sensor", 10, 800, decay=0.0, lr=3e-4, width=64), c("bandwidth", 5, 800, decay=0.9, lr=3e-4, width=64),
+        c("impacts", 4, 800, decay=0.9999, std=0.05, lr=3e-4, width=64), c("sensor", 5, 800, decay=0.9999, lr=1e-3, width=64),
+        c("sensor", 12, 1000, decay=0.996, std=0.05, lr=3e-4, width=64), c("resonance", 7, 1000, decay=0.99, std=0.05, lr=3e-4, width=64),
+        c("weak_line", 6, 1000, decay=0.999, width=64, depth=1, ratio=0.4), c("harmonics", 7, 1000, decay=0.999, width=64, depth=1, ratio=0.4),
+        c("impacts", 6, 1000, decay=0.99, lr=1e-3, width=64, depth=1), c("sensor", 7, 1000, decay=0.999, lr=1e-3, width=64, depth=1),
+        c("sensor", 14, 1000, decay=0.996, warmup=300, lr=3e-4, width=64), c("chirp", 7, 1000, decay=0.99, warmup=300, lr=3e-4, width=64),
+        c("textures", 2, 900, decay=0.9999), c("digits", 3, 600, decay=0.99),
+        c("impacts", 8, 800, decay=0.996, std=0.08, lr=3e-4, width=64), c("bandwidth", 7, 800, decay=0.996, std=0.08, lr=1e-3, width=64),
+        c("weak_line", 8, 1200, decay=0.996), c("sensor", 9, 1400, decay=0.996),
+        c("impacts", 10, 1000, decay=0.996, norm=False, width=64), c("harmonics", 9, 1000, decay=0.996, norm=False, lr=1e-3, width=64),
+        c("sensor", 16, 800, decay=0.99, std=0.08, lr=1e-3, width=64), c("bandwidth", 9, 800, decay=0.9999, width=64),
+        c("weak_line", 10, 800, decay=0.9999, lr=1e-3, width=64), c("chirp", 9, 1000, decay=0.999, lr=1e-3, width=64),
+        c("sensor", 18, 1000, decay=0.9, lr=1e-3, width=64, depth=1), c("resonance", 9, 1000, decay=0.999, lr=3e-4),
     ]  # fmt: skip
 
 
@@ -186,9 +184,13 @@ def arguments(cell: Cell, folder: Path) -> list[str]:
         changes["optim.final_lr"] = changes["optim.lr"]
         changes["optim.start_lr"] = 0 if "optim.warmup_steps" in changes else changes["optim.lr"]
     changes["ema.schedule"] = "constant"
+    if preset == "demo" and "model.width" in changes:
+        changes["model.predictor_width"] = changes["model.width"]
+    if preset == "digits":  # these two at a third of the presets' cost
+        changes |= {"model.width": 64, "train.batch_size": 32}
     if cell.data in GENERATORS:
         changes["data.path"] = write_data(folder, cell.data)
-    if preset == "textures":  # a third of the preset's cost
+    if preset == "textures":
         changes |= {
             "model.width": 64,
             "model.depth": 2,
@@ -209,16 +211,15 @@ def finished(cell: Cell, folder: Path) -> bool:
 
 
 def train(folder: Path) -> None:
-    for cell in cells():
-        if finished(cell, folder):
-            continue
-        run_dir = folder / "runs" / cell.name
-        if run_dir.exists():  # a run that was cut off starts again
-            run_dir.rename(folder / f"cut-{cell.name}-{run_dir.stat().st_mtime_ns}")
-        done = subprocess.run(
-            [sys.executable, "-m", "jepa_fast.train", *arguments(cell, folder)], capture_output=True, text=True
-        )
-        print(cell.name, "done" if done.returncode == 0 else f"failed: {done.stderr[-300:]}", flush=True)
+    """The first run of the list that is not finished; one a call, so that the list may change between runs."""
+    cell = next((c for c in cells() if not finished(c, folder)), None)
+    if cell is None:
+        sys.exit("all runs are finished")
+    run_dir = folder / "runs" / cell.name
+    if run_dir.exists():  # a run that was cut off starts again
+        run_dir.rename(folder / f"cut-{cell.name}-{run_dir.stat().st_mtime_ns}")
+    with (folder / "train.log").open("a") as log:
+        subprocess.run([sys.executable, "-m", "jepa_fast.train", *arguments(cell, folder)], stdout=log, stderr=log)
 
 
 def thin(records: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -88,7 +88,7 @@ def test_after_the_first_minimum_only_a_deeper_one_counts():
     wave = np.cos(STEPS / 100)
     shallower = np.exp(1.5 * wave + STEPS / 500)
     deeper = np.exp(1.5 * wave - STEPS / 500)
-    assert kinds(curve("loss", shallower)) == ["loss_minimum"]
+    assert kinds(curve("loss", shallower)).count("loss_minimum") == 1
     assert kinds(curve("loss", deeper)).count("loss_minimum") > 1
 
 
@@ -96,6 +96,46 @@ def test_a_coarse_and_a_fine_log_tell_the_same():
     fine = curve("loss", dip() * noise(len(STEPS), 0.02))
     (a,), (b,) = phase.detect(fine), phase.detect(fine[::10])
     assert a.kind == b.kind and abs(a.step - b.step) <= 100
+
+
+# ---- late drops -----------------------------------------------------------------------------------
+
+
+def escape_then(late):
+    """A dip at step 400, a rise, a plateau, and from step 1,400 on the curve times `late`."""
+    values = dip(bottom=400)
+    values[STEPS > 900] = values[STEPS <= 900][-1]
+    return values * np.where(STEPS > 1400, late, 1.0)
+
+
+@pytest.mark.parametrize("every, scatter", [(1, 0.0), (1, 0.02), (1, 0.1), (10, 0.0), (10, 0.02)])
+def test_a_sudden_fall_after_the_escape_is_a_late_drop(every, scatter):
+    values = escape_then(0.4) * noise(len(STEPS), scatter)
+    minimum, drop = phase.detect(curve("loss", values[::every], STEPS[::every]))
+    assert (minimum.kind, drop.kind) == ("loss_minimum", "late_drop")
+    assert 1400 <= drop.step <= 1600 and drop.called_at <= 1850
+    assert "2.5x" in drop.evidence[0] or scatter
+
+
+@pytest.mark.parametrize("late", [0.8, 1.0, 2.0])
+def test_a_small_step_or_a_rise_after_the_escape_is_none(late):
+    assert kinds(curve("loss", escape_then(late) * noise(len(STEPS), 0.05))) == ["loss_minimum"]
+
+
+def test_a_slow_fall_after_the_escape_is_none():
+    values = dip(bottom=300) * np.exp(-np.clip(STEPS - 1200, 0, None) / 1000)
+    assert kinds(curve("loss", values * noise(len(STEPS), 0.05))) == ["loss_minimum"]
+
+
+def test_a_fall_without_an_escape_is_no_late_drop():
+    values = np.where(STEPS > 1400, 0.3, 1.0)
+    assert kinds(curve("loss", values)) == []
+
+
+def test_crashes_that_come_again_are_each_called():
+    values = escape_then(0.3)
+    values[(STEPS > 1600) & (STEPS <= 1750)] = values[STEPS == 1400]
+    assert kinds(curve("loss", values)).count("late_drop") == 2
 
 
 # ---- probes ---------------------------------------------------------------------------------------
@@ -107,9 +147,17 @@ def test_features_fall_below_and_come_back():
     assert [e.called_at for e in events] == [300, 700]
 
 
-def test_one_clear_probe_is_enough_and_many_small_gaps_are_not():
-    assert kinds(probes([0, -0.2])) == ["features_below_untrained"]
-    assert kinds(probes([0] + [-0.019] * 50)) == []
+def test_one_bad_probe_is_not_enough_however_bad_and_neither_are_many_small_gaps():
+    assert kinds(probes([0, -0.2, 0, -0.2, 0])) == []
+    assert kinds(probes([0] + [-0.0259] * 50)) == []
+    assert kinds(probes([0] + [-0.026] * 2)) == ["features_below_untrained"]
+
+
+def test_it_is_the_mean_of_both_encoders_that_counts():
+    one_down = probes([-0.08, -0.08], **{"probe/context": 0.62})
+    assert kinds(one_down) == ["features_below_untrained"]
+    assert kinds(probes([-0.04, -0.04], **{"probe/context": 0.62})) == []
+    assert kinds([r | {"probe/context": None} for r in one_down]) == ["features_below_untrained"]
 
 
 def test_good_features_alone_are_no_recovery():
@@ -117,7 +165,7 @@ def test_good_features_alone_are_no_recovery():
 
 
 def test_the_evidence_names_both_baselines():
-    (event,) = phase.detect(probes([0, -0.2], **{"probe/majority": 0.31, "probe/context": 0.52}))
+    (event,) = phase.detect(probes([0, -0.2, -0.2], **{"probe/majority": 0.31, "probe/context": 0.52}))
     assert "0.310" in " ".join(event.evidence) and "untrained 0.600" in " ".join(event.evidence)
 
 

@@ -1,0 +1,100 @@
+"""One curve of a log, smoothed causally. In: records. Out: levels, each as known at the step of its record.
+
+A level is the median over the last tenth of the steps so far, which at 10 or at 100 steps a record covers the same
+time, and on which a spike leaves no trace.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple
+
+WINDOW = 0.1  # of the steps so far: the time a level is the median of
+
+
+@dataclass(frozen=True)
+class Event:
+    kind: str  # one of those in docs/metrics.md
+    step: int  # when it happened
+    called_at: int  # step of the record that decided it
+    confidence: float  # 0 to 1, see docs/metrics.md
+    evidence: tuple[str, ...]  # sentences with the numbers
+
+
+def number(value: Any) -> float | None:
+    """`value` as a finite float, or None."""
+    usable = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
+
+
+def series(records: Iterable[dict[str, Any]], key: str) -> Iterator[tuple[int, float]]:
+    """(step, value) of the records that have a positive value (and one that logs and ratios can take), at rising steps."""
+    last = -math.inf
+    for record in records:
+        step, value = number(record.get("step")), number(record.get(key))
+        if step is not None and step > last and value is not None and 1e-300 < value < 1e300:
+            last = step
+            yield int(step), value
+
+
+class Level(NamedTuple):
+    """A curve as known at step `called`."""
+
+    step: int  # middle of the window
+    log: float  # median of the log values in it
+    sigma: float  # standard deviation of one log value about the curve, as far as known
+    num_scatter: int  # records that sigma is estimated from
+    share: float  # standard deviation of `log`, in sigmas
+    called: int
+
+
+def levels(series: Iterable[tuple[int, float]]) -> Iterator[Level]:
+    """Levels of a positive curve, in logs, so that units do not matter."""
+    smooth = Smoother()
+    for step, value in series:
+        yield smooth.add(step, math.log(value))
+
+
+class Smoother:
+    """Takes a curve point by point, and returns its level after each."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self.window: deque[tuple[int, float]] = deque()
+        self.ordered: list[float] = []  # the window's values
+        self.scatter: list[float] = []  # |x_i - mean of its neighbours|, ordered: its median, as bends make some large
+        self.recent: deque[float] = deque(maxlen=3)
+
+    def add(self, step: int, x: float) -> Level:
+        self.first = step if self.first is None else self.first
+        self.window.append((step, x))
+        insort(self.ordered, x)
+        while self.window[0][0] < step - WINDOW * (step - self.first):
+            del self.ordered[bisect_left(self.ordered, self.window.popleft()[1])]
+        self.recent.append(x)
+        if len(self.recent) == 3:
+            insort(self.scatter, abs(self.recent[1] - (self.recent[0] + self.recent[2]) / 2))
+        # 1.48: median |x| to standard deviation; 1.5: variance of that difference; 1.25: of a median, to that of a mean
+        sigma = 1.48 * _middle(self.scatter) / math.sqrt(1.5) if self.scatter else math.inf
+        share = 1.25 / math.sqrt(len(self.window)) if len(self.window) > 2 else 1.0
+        middle = self.window[len(self.window) // 2][0]
+        return Level(middle, _middle(self.ordered), sigma, len(self.scatter), share, step)
+
+
+def _middle(ordered: list[float]) -> float:
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def confidence(change: float, noise: float, num: int) -> float:
+    """(1 - 1 / (1 + k^2)) * (n + 1) / (n + 2): the chance that a change is no accident of noise.
+
+    k is the change in standard deviations of its noise; the first factor is Cantelli's bound, which holds for noise of
+    any shape. n is the number of records that carry the change; the second factor is Laplace's rule of succession, so
+    that a call on two records stays modest.
+    """
+    k_squared = (change / noise) ** 2 if noise > 0 else math.inf
+    return round((1 - 1 / (1 + k_squared)) * (num + 1) / (num + 2), 3)
