@@ -138,14 +138,14 @@ def cells() -> list[Cell]:
     c = _cell
     return [
         c("sensor", 0, 1400, decay=0.996), c("resonance", 1, 1200, decay=0.996),
-        c("impacts", 0, 1200, decay=0.996, width=64), c("bandwidth", 1, 1200, decay=0.996, width=64),
         c("sensor", 2, 800, decay=0.9999, width=64), c("harmonics", 1, 800, decay=0.9999, width=64),
-        c("weak_line", 0, 1200, decay=0.99, lr=3e-4, width=64), c("sensor", 1, 1200, decay=0.99, lr=3e-4, width=64),
         c("sensor", 2, 800, decay=0.996, std=0.08, width=64), c("chirp", 3, 800, decay=0.996, std=0.08, width=64),
+        c("impacts", 0, 1200, decay=0.996, width=64), c("bandwidth", 1, 1200, decay=0.996, width=64),
+        c("weak_line", 0, 1200, decay=0.99, lr=3e-4, width=64), c("sensor", 1, 1200, decay=0.99, lr=3e-4, width=64),
         c("sensor", 4, 1000, decay=0.996, norm=False, lr=3e-4, width=64), c("bandwidth", 3, 1000, decay=0.99, norm=False, lr=3e-4, width=64),
         c("impacts", 2, 800, decay=0.9, width=64, depth=1), c("resonance", 3, 800, decay=0.0, width=64, depth=1),
         c("weak_line", 2, 600, decay=1.0, width=64), c("sensor", 3, 600, decay=1.0, width=64),
-        c("sensor", 6, 1200, decay=0.999, lr=3e-4), c("harmonics", 5, 1200, decay=0.999, lr=3e-4, width=64),
+        c("sensor", 6, 1200, decay=0.999, lr=3e-4, width=64), c("harmonics", 5, 1200, decay=0.999, lr=3e-4, width=64),
         c("textures", 0, 1200, decay=0.999), c("digits", 1, 600, decay=0.999),
         c("weak_line", 4, 800, decay=0.996, std=0.05, loss="l1", width=64), c("chirp", 5, 800, decay=0.996, std=0.05, loss="l1", width=64),
         c("sensor", 8, 1800, decay=0.996, lr=1e-3, width=64), c("resonance", 5, 1800, decay=0.99, lr=1e-3, width=64),

@@ -1,6 +1,7 @@
 """A run in a few sentences. In: records and events. Out: text.
 
-The loss and the discrepancy are told; what the features are worth is said by the probe alone.
+The loss and the discrepancy are told; what the features are worth is said by the probe alone. Without one, what the
+other signals suspect is told as a suspicion, with its confidence.
 """
 
 import math
@@ -14,7 +15,7 @@ Record = dict[str, Any]
 MEANING = {
     (1, 1, 1): "This is the collapse phase and its end: the features got worse while the loss fell, and better while it rose.",
     (1, 1, 0): "The features are worse than at the start. The loss has risen again, but that alone is no recovery: this is the collapse phase, not yet its end.",
-    (1, 0, 0): "The loss has the shape of the collapse phase, but the target encoder's features never fell below the untrained encoder's: by the probe there was none.",
+    (1, 0, 0): "The loss has the shape of the collapse phase, but the features never fell below the untrained encoder's: by the probe there was none.",
     (0, 1, 1): "The features dipped and came back without a rise of the loss: half of the pattern.",
     (0, 1, 0): "The features are worse than at the start while the loss looks well: this is how the collapse phase begins.",
     (0, 0, 0): "The pattern of the collapse phase does not appear up to here.",
@@ -27,7 +28,7 @@ def verdict(records: list[Record], events: list[Record], description: str) -> st
     if len(levels) < 5:
         said = [f"Too short to say: {len(levels)} records with a loss. Train longer, or lower --log.every."]
     else:
-        said = [_on_loss(levels, events), *_on_probe(records, events)]
+        said = [_on_loss(levels, events), *_on_late_drop(events), *_on_probe(records, events)]
     if "synthetic" in description:
         said.append("The data are synthetic: the run illustrates the phase, it is no evidence for other data.")
     return " ".join(said)
@@ -47,18 +48,39 @@ def _on_probe(records: list[Record], events: list[Record]) -> list[str]:
     bottomed, below, back = (last_of(kind, events) for kind in kinds)
     target, untrained, majority = (values(records, f"probe/{name}") for name in ("target", "untrained", "majority"))
     if not target or not untrained:
-        alarm = ": a loss minimum is the alarm of the collapse phase, no proof of it" if bottomed else ""
-        return [f"There is no probe, so nothing says how good the features are{alarm}.", "Next: give labelled data."]
+        return _without_probe(events, bottomed is not None)
     recovered = below is not None and back is not None and back["step"] > below["step"]
     said = f"A linear probe on the target encoder ends at {target[-1][1]:.3f}; the untrained encoder has {untrained[-1][1]:.3f}"
     said += f", always naming the most common class {majority[-1][1]:.3f}." if majority else "."
     if below:
-        said += f" It was below the untrained encoder from step {below['step']:,}"
+        said += f" The mean of both encoders' probes was below the untrained encoder's from step {below['step']:,}"
         said += (
             f", and above it again from step {back['step']:,}." if back and recovered else ", and has not come back."
         )
     means = MEANING[bool(bottomed), below is not None, recovered]
     return [said, means, _next(target, untrained[-1][1], bool(below) and not recovered)]
+
+
+def _without_probe(events: list[Record], bottomed: bool) -> list[str]:
+    """What can be said where nothing knows what the features are worth."""
+    alarm = ": a loss minimum is the alarm of the collapse phase, no proof of it" if bottomed else ""
+    said = [f"There is no probe, so nothing says how good the features are{alarm}."]
+    collapse, recovery = last_of("collapse_suspected", events), last_of("recovery_suspected", events)
+    for event, what in ((collapse, "useless features"), (recovery, "useful features again")):
+        if event and not (event is recovery and collapse and recovery["step"] < collapse["step"]):
+            said.append(
+                f"The other signals suggest {what} from step {event['step']:,}, with confidence {event['confidence']:.2f}: {event['evidence'][0]}."
+            )
+    return [*said, "Next: give labelled data."]
+
+
+def _on_late_drop(events: list[Record]) -> list[str]:
+    drop = last_of("late_drop", events)
+    if not drop:
+        return []
+    return [
+        f"At step {drop['step']:,}, after the escape, it fell suddenly ({drop['evidence'][0]}): such a fall can be a partial collapse."
+    ]
 
 
 def _next(target: list[tuple[int, float]], untrained: float, down: bool) -> str:
