@@ -45,7 +45,9 @@ def runs() -> list[Run]:
 
 def without_probes(records: list[Record], only: tuple[str, ...] = ()) -> list[Record]:
     """The records as a project without labels has them; `only` these keys, if given."""
-    keep = [k for k in {k for r in records for k in r} if not k.startswith("probe/") and (not only or k in ("step", *only))]
+    keep = [
+        k for k in {k for r in records for k in r} if not k.startswith("probe/") and (not only or k in ("step", *only))
+    ]
     return [{k: r[k] for k in keep if k in r} for r in records]
 
 
@@ -140,6 +142,17 @@ def table(rules: dict[str, Rule], chosen: list[Run]) -> str:
 
 
 if __name__ == "__main__":
-    for run in runs():
+    for run in (r for r in runs() if r.half == "tuning"):
         a, c = detector()(run.records)
-        print(run.half, run.name, "below", run.below and (run.below.step, run.below.called_at), "rec", run.recovered and (run.recovered.step, run.recovered.called_at), "alarm", a, "clear", c)
+        print(
+            run.half,
+            run.name,
+            "below",
+            run.below and (run.below.step, run.below.called_at),
+            "rec",
+            run.recovered and (run.recovered.step, run.recovered.called_at),
+            "alarm",
+            a,
+            "clear",
+            c,
+        )

@@ -12,6 +12,7 @@ from typing import Any
 from jepa_fast.monitor.phase.curves import Event, Level, levels, number, series
 from jepa_fast.monitor.phase.features import PROBE_MARGIN, feature_events
 from jepa_fast.monitor.phase.shapes import shape_events
+from jepa_fast.monitor.phase.suspicion import suspicions
 
 __all__ = ["PROBE_MARGIN", "Event", "Level", "detect", "levels", "number", "series"]
 
@@ -19,5 +20,5 @@ __all__ = ["PROBE_MARGIN", "Event", "Level", "detect", "levels", "number", "seri
 def detect(records: Iterable[dict[str, Any]]) -> list[Event]:
     """All events of a run so far, in the order they were called. Records need `step`; every other key may be missing."""
     records = list(records)
-    events = [*shape_events(records), *feature_events(records)]
+    events = [*shape_events(records), *feature_events(records), *suspicions(records)]
     return sorted(events, key=lambda e: (e.called_at, e.step, e.kind))

@@ -39,6 +39,10 @@ def _evidence(record: dict[str, Any], mean: float, untrained: float, num: int) -
         f"{what} {mean:.3f} at step {record['step']}, untrained {untrained:.3f} ({mean - untrained:+.3f})",
         f"{ROWS} probe records in a row beyond the margin of {PROBE_MARGIN}",
     ]
-    others = (("context probe", "probe/context"), ("target probe", "probe/target"), ("majority class", "probe/majority"))
+    others = (
+        ("context probe", "probe/context"),
+        ("target probe", "probe/target"),
+        ("majority class", "probe/majority"),
+    )
     said += [f"{name} {v:.3f}" for name, key in others if (v := number(record.get(key))) is not None]
     return tuple(said)

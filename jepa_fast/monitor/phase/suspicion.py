@@ -1,0 +1,139 @@
+"""What the label-free signals say of the features: `collapse_suspected`, then `recovery_suspected`, each with a confidence.
+
+Every gauge has a vote from -1 (speaks against) to 1 (speaks for), 0 at `middle`; a belief is the logistic function of the
+weighted sum of the votes that there are. So a signal that is missing leaves the belief nearer to even, and with
+a loss alone it stays there. A belief above one half that lasts is called; its value is the event's confidence.
+
+Middles and weights were set on the tuning half of benchmarks/results/phase_runs.jsonl (benchmarks/calibrate_phase.py);
+the untouched half says how well they carry over.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from jepa_fast.monitor.phase.curves import Event, number, series
+from jepa_fast.monitor.phase.gauges import Gauge, Reading, gauges
+from jepa_fast.monitor.phase.shapes import Valley, valleys
+
+Record = dict[str, Any]
+ROWS, LASTS = 2, 0.1  # records, and share of the steps so far, that must agree
+
+
+class Ballot(NamedTuple):
+    """How one gauge votes: (measure - middle) / half, cut to -1..most, times its weight."""
+
+    gauge: str
+    weight: float
+    middle: float
+    half: float
+    measure: Callable[[Reading], float]
+    says: str
+    most: float = 1.0
+
+
+def _fall(reading: Reading) -> float:
+    return reading.fall
+
+
+def _rise(reading: Reading) -> float:
+    return reading.rise
+
+
+def _poverty(reading: Reading) -> float:
+    return -math.log(reading.now)
+
+
+def _return(reading: Reading) -> float:
+    return -reading.fall
+
+
+MOVED = "{gauge} went from {start:.3g} to {now:.3g} ({change:.2f}x)"
+CAME_BACK = "{gauge} was lowest at {lowest:.3g} and is {now:.3g} (start {start:.3g})"
+POOR = "{now:.1%} of the targets' energy varies between inputs"
+BIAS = -0.2  # of both beliefs: without a signal, no
+MINIMUM = 0.6  # weight of a loss minimum whose fall was tenfold
+COLLAPSE = (
+    Ballot("spread", 0.6, 0.12, 0.12, _fall, MOVED),
+    Ballot("constant loss", 0.4, 0.12, 0.12, _fall, MOVED),
+    Ballot("feature_std", 0.3, 0.12, 0.12, _fall, MOVED),
+    Ballot("rankme", 0.3, 0.12, 0.12, _fall, MOVED),
+    Ballot("discrepancy/visible", 0.3, 0.12, 0.12, _fall, MOVED),
+    Ballot(
+        "share", 2.8, -math.log(0.05), 0.4, _poverty, POOR, most=0.2
+    ),  # poor from the start is no fall; rich is a veto
+)
+RECOVERY = (
+    Ballot("loss", 0.5, 0.3, 0.15, _rise, CAME_BACK),
+    Ballot("spread", 0.5, 0.3, 0.15, _rise, CAME_BACK),
+    Ballot("constant loss", 0.3, 0.3, 0.15, _rise, CAME_BACK),
+    Ballot("feature_std", 0.3, 0.3, 0.15, _rise, CAME_BACK),
+    Ballot("rankme", 0.3, 0.2, 0.15, _rise, CAME_BACK),
+    Ballot("rankme/context", 0.5, -0.1, 0.2, _return, CAME_BACK),
+)
+
+
+class Vote(NamedTuple):
+    weighted: float
+    says: str
+
+
+def suspicions(records: list[Record]) -> Iterator[Event]:
+    """In turn a collapse and a recovery, each when its belief has lasted for two records and a tenth of the steps so far."""
+    minima = [(v.now.called, v) for v in valleys(series(records, "loss"))]
+    held, last, first = gauges(), -math.inf, None
+    suspected, since, rows = False, None, 0
+    for record in records:
+        step = number(record.get("step"))
+        if step is None or step <= last:
+            continue
+        last, first = step, int(step) if first is None else first
+        for gauge in held.values():
+            gauge.add(int(step), record)
+        votes = _votes(held, RECOVERY if suspected else COLLAPSE)
+        if not suspected:
+            votes += [_minimum(v) for called, v in minima if called <= step][:1]
+        belief = 1 / (1 + math.exp(-BIAS - sum(vote.weighted for vote in votes)))
+        if belief <= 0.5:
+            since, rows = None, 0
+            continue
+        since, rows = int(step) if since is None else since, rows + 1
+        settled = not suspected and any(called <= step for called, _ in minima)  # that has lasted before it was called
+        if settled or (rows >= ROWS and step - since >= LASTS * (step - first)):
+            yield _event("recovery_suspected" if suspected else "collapse_suspected", since, int(step), belief, votes)
+            suspected, since, rows = not suspected, None, 0
+            if not suspected:
+                return
+
+
+def _votes(held: dict[str, Gauge], ballots: tuple[Ballot, ...]) -> list[Vote]:
+    votes = []
+    for ballot in ballots:
+        reading = held[ballot.gauge].reading
+        if reading is not None:
+            vote = max(-1.0, min(ballot.most, (ballot.measure(reading) - ballot.middle) / ballot.half))
+            votes.append(Vote(ballot.weight * vote, _say(ballot, reading)))
+    return votes
+
+
+def _say(ballot: Ballot, reading: Reading) -> str:
+    name = {"constant loss": "loss / (1 - skill)"}.get(ballot.gauge, ballot.gauge)
+    return ballot.says.format(gauge=name, change=reading.now / reading.start, **reading._asdict())
+
+
+def _minimum(v: Valley) -> Vote:
+    fall = v.high.log - v.low.log
+    size = math.exp(fall)
+    return Vote(
+        MINIMUM * min(1.0, fall / math.log(10)), f"loss fell {size:.1f}x to step {v.low.step} and then rose for good"
+    )
+
+
+def _event(kind: str, step: int, called_at: int, belief: float, votes: list[Vote]) -> Event:
+    """Evidence in the order of its weight, for before against."""
+    ordered = sorted(votes, key=lambda vote: -vote.weighted)
+    evidence = [vote.says for vote in ordered if vote.weighted > 0]
+    against = [vote.says for vote in ordered if vote.weighted <= 0]
+    evidence += [f"but {says}" for says in against]
+    evidence.append("no probe: what the features are worth is not known")
+    return Event(kind, step, called_at, round(belief, 3), tuple(evidence))
