@@ -26,16 +26,23 @@ class Event:
 
 def number(value: Any) -> float | None:
     """`value` as a finite float, or None."""
-    usable = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
+    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def positive(value: Any) -> float | None:
+    """`value` as a positive float that logs and ratios can take, or None."""
+    value = number(value)
+    return value if value is not None and 1e-300 < value < 1e300 else None
 
 
 def series(records: Iterable[dict[str, Any]], key: str) -> Iterator[tuple[int, float]]:
-    """(step, value) of the records that have a positive value (and one that logs and ratios can take), at rising steps."""
+    """(step, value) of the records that have a positive value, at rising steps."""
     last = -math.inf
     for record in records:
-        step, value = number(record.get("step")), number(record.get(key))
-        if step is not None and step > last and value is not None and 1e-300 < value < 1e300:
+        step, value = number(record.get("step")), positive(record.get(key))
+        if step is not None and step > last and value is not None:
             last = step
             yield int(step), value
 
@@ -52,23 +59,23 @@ class Level(NamedTuple):
 
 
 def levels(series: Iterable[tuple[int, float]]) -> Iterator[Level]:
-    """Levels of a positive curve, in logs, so that units do not matter."""
-    smooth = Smoother()
+    smoother = Smoother()
     for step, value in series:
-        yield smooth.add(step, math.log(value))
+        yield smoother.add(step, value)
 
 
 class Smoother:
-    """Takes a curve point by point, and returns its level after each."""
+    """Takes a positive curve point by point, in logs, so that units do not matter; returns its level after each."""
 
     def __init__(self) -> None:
         self.first: int | None = None
         self.window: deque[tuple[int, float]] = deque()
-        self.ordered: list[float] = []  # the window's values
+        self.ordered: list[float] = []  # the window's log values
         self.scatter: list[float] = []  # |x_i - mean of its neighbours|, ordered: its median, as bends make some large
         self.recent: deque[float] = deque(maxlen=3)
 
-    def add(self, step: int, x: float) -> Level:
+    def add(self, step: int, value: float) -> Level:
+        x = math.log(value)
         self.first = step if self.first is None else self.first
         self.window.append((step, x))
         insort(self.ordered, x)
@@ -87,6 +94,16 @@ class Smoother:
 def _middle(ordered: list[float]) -> float:
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def noise(one: Level, other: Level, now: Level) -> float:
+    """Standard deviation of a difference of levels, by what is known now."""
+    return now.sigma * math.hypot(one.share, other.share)
+
+
+def margin(one: Level, other: Level, now: Level, sigmas: float) -> float:
+    """What the levels must differ by. Few records make a poor estimate of the scatter, and so a wider margin."""
+    return sigmas * (1 + 1 / now.num_scatter) * noise(one, other, now) if now.num_scatter else math.inf
 
 
 def confidence(change: float, noise: float, num: int) -> float:

@@ -1,7 +1,5 @@
 """Events from probes: what the features are worth, against the untrained encoder's. The only ones that know."""
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 from jepa_fast.monitor.phase.curves import Event, confidence, number
@@ -10,27 +8,31 @@ PROBE_MARGIN = 0.026  # accuracy that counts as a difference: two standard error
 ROWS = 2  # records in a row that must show it
 
 
-def feature_events(records: list[dict[str, Any]]) -> Iterator[Event]:
+class Features:
     """The mean of both encoders' probes against the untrained encoder's: in turn below and back above, by the margin."""
-    below, begun, gaps, last = False, 0, [], -math.inf  # type: ignore[var-annotated]
-    for record in records:
-        step, untrained = number(record.get("step")), number(record.get("probe/untrained"))
+
+    def __init__(self) -> None:
+        self.below, self.begun = False, 0
+        self.gaps: list[float] = []  # of the records in a row that are beyond the margin
+
+    def add(self, step: int, record: dict[str, Any]) -> Event | None:
+        untrained = number(record.get("probe/untrained"))
         probes = [p for name in ("context", "target") if (p := number(record.get(f"probe/{name}"))) is not None]
-        if step is None or step <= last or untrained is None or not probes:
-            continue
-        last = step
+        if untrained is None or not probes:
+            return None
         mean = sum(probes) / len(probes)
-        gap = round(mean - untrained, 9) * (1 if below else -1)  # rounded: 0.026 apart is apart, whatever the binary
+        gap = round(untrained - mean, 9) * (-1 if self.below else 1)  # rounded: 0.026 apart is apart, in binary too
         if gap < PROBE_MARGIN:
-            gaps = []
-            continue
-        begun = begun if gaps else int(step)
-        gaps.append(gap)
-        if len(gaps) == ROWS:
-            kind = "features_recovered" if below else "features_below_untrained"
-            sure = confidence(sum(gaps) / ROWS, PROBE_MARGIN / 2, ROWS)
-            yield Event(kind, begun, int(step), sure, _evidence(record, mean, untrained, len(probes)))
-            below, gaps = not below, []
+            self.gaps = []
+            return None
+        self.begun = self.begun if self.gaps else step
+        self.gaps.append(gap)
+        if len(self.gaps) < ROWS:
+            return None
+        kind = "features_recovered" if self.below else "features_below_untrained"
+        sure = confidence(sum(self.gaps) / ROWS, PROBE_MARGIN / 2, ROWS)
+        self.below, self.gaps = not self.below, []
+        return Event(kind, self.begun, step, sure, _evidence(record, mean, untrained, len(probes)))
 
 
 def _evidence(record: dict[str, Any], mean: float, untrained: float, num: int) -> tuple[str, ...]:

@@ -12,12 +12,12 @@ variation and stay useful.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jepa_fast.monitor.phase.curves import Level, Smoother, number
+from jepa_fast.monitor.phase.curves import Level, Smoother, margin, number, positive
 
 Record = dict[str, Any]
+KEYS = ("loss", "spread", "discrepancy/visible", "feature_std", "rankme", "rankme/context")
 SIGMAS = 3.0  # of noise that a change must exceed to count at all
 
 
@@ -32,71 +32,71 @@ class Reading(NamedTuple):
 class Gauge:
     """One positive signal: how far it has fallen from its start (or its peak), and risen from its lowest."""
 
-    def __init__(self, value: Callable[[Record], float | None], power: float = 1.0, from_peak: bool = False):
-        self.value, self.power, self.from_peak = value, power, from_peak  # variation goes as the signal to this power
-        self.smooth = Smoother()
+    def __init__(self, power: float = 1.0, from_peak: bool = False):
+        self.power, self.from_peak = power, from_peak  # variation goes as the signal to this power
         self.start: Level | None = None
         self.lowest: Level | None = None
         self.reading: Reading | None = None
 
-    def add(self, step: int, record: Record) -> None:
-        value = self.value(record)
-        if value is None or not 1e-300 < value < 1e300:
-            return
-        now = self.smooth.add(step, math.log(value))
+    def add(self, now: Level) -> None:
         if self.start is None or self.lowest is None or (self.from_peak and now.log > self.start.log):
             self.start = self.lowest = now
         elif now.log < self.lowest.log:
             self.lowest = now
         if now.num_scatter:
-            fall = self._sure(self.start.log - now.log, self.start, now)
-            rise = self._sure(now.log - self.lowest.log, self.lowest, now)
+            fall, rise = self._sure(self.start, now, now), self._sure(now, self.lowest, now)
             self.reading = Reading(fall, rise, *(math.exp(level.log) for level in (self.start, self.lowest, now)))
 
-    def _sure(self, change: float, one: Level, now: Level) -> float:
-        noise = now.sigma * math.hypot(one.share, now.share) * (1 + 1 / now.num_scatter)
-        return self.power * (change - min(SIGMAS * noise, abs(change)) * math.copysign(1, change))
+    def _sure(self, high: Level, low: Level, now: Level) -> float:
+        """What is left of high - low once its noise is taken from it."""
+        change = high.log - low.log
+        return self.power * math.copysign(max(0.0, abs(change) - margin(high, low, now, SIGMAS)), change)
 
 
-def _get(key: str) -> Callable[[Record], float | None]:
-    return lambda record: number(record.get(key))
-
-
-def _spread(record: Record) -> float | None:
-    spread, gap, relative = (number(record.get(k)) for k in ("spread", "discrepancy/visible", "discrepancy/relative"))
-    return gap / relative if spread is None and gap and relative else spread
-
-
-def _constant_loss(record: Record) -> float | None:
-    """Loss of the best constant predictor: the variation of the targets, in units of the loss."""
-    loss, skill = number(record.get("loss")), number(record.get("skill"))
-    return None if loss is None or skill is None or skill >= 1 else loss / (1 - skill)
-
-
-class _Share:
-    """From the features' norm; else from the first loss, which is about the targets' energy, as the predictor starts near 0."""
+class Signals:
+    """The levels of every signal that the records hold or imply, by name: new ones after each record."""
 
     def __init__(self) -> None:
-        self.energy: float | None = None
+        self.smoothers: dict[str, Smoother] = {}
+        self.energy: float | None = None  # of the targets, in units of the loss
 
-    def __call__(self, record: Record) -> float | None:
-        self.energy = number(record.get("loss")) if self.energy is None else self.energy
-        spread, norm, constant = _spread(record), number(record.get("norm/target")), _constant_loss(record)
-        if spread and norm:
-            return (spread / norm) ** 2
-        return constant / self.energy if constant and self.energy else None
+    def add(self, step: int, record: Record) -> dict[str, Level]:
+        new = {}
+        for name, value in self._values(record).items():
+            if value is not None:
+                new[name] = self.smoothers.setdefault(name, Smoother()).add(step, value)
+        return new
+
+    def _values(self, record: Record) -> dict[str, float | None]:
+        values = {key: positive(record.get(key)) for key in KEYS}
+        loss, spread, skill, norm = (
+            values["loss"],
+            values["spread"],
+            number(record.get("skill")),
+            positive(record.get("norm/target")),
+        )
+        relative, gap = positive(record.get("discrepancy/relative")), values["discrepancy/visible"]
+        if spread is None and gap and relative:
+            spread = values["spread"] = gap / relative
+        # The loss of the best constant predictor is the variation of the targets, in units of the loss.
+        constant = values["constant loss"] = loss / (1 - skill) if loss and skill is not None and skill < 1 else None
+        # The first loss is about the targets' energy, as the predictor starts near 0.
+        self.energy = loss if self.energy is None else self.energy
+        values["share"] = (
+            (spread / norm) ** 2 if spread and norm else constant / self.energy if constant and self.energy else None
+        )
+        return values
 
 
 def gauges() -> dict[str, Gauge]:
-    """By name; variation goes as the square root of a squared loss."""
+    """By signal. A squared loss goes as the square of the variation; the discrepancy has 0.45, measured."""
     return {
-        "loss": Gauge(_get("loss"), power=0.5),
-        "spread": Gauge(_spread),
-        "constant loss": Gauge(_constant_loss, power=0.5),
-        "feature_std": Gauge(_get("feature_std")),
-        "rankme": Gauge(_get("rankme")),
-        "rankme/context": Gauge(_get("rankme/context")),
-        "participation/context": Gauge(_get("participation/context")),
-        "discrepancy/visible": Gauge(_get("discrepancy/visible"), power=0.45, from_peak=True),
-        "share": Gauge(_Share()),
+        "loss": Gauge(power=0.5),
+        "spread": Gauge(),
+        "constant loss": Gauge(power=0.5),
+        "feature_std": Gauge(),
+        "rankme": Gauge(),
+        "rankme/context": Gauge(),
+        "discrepancy/visible": Gauge(power=0.45, from_peak=True),
+        "share": Gauge(),
     }

@@ -9,14 +9,13 @@ the untouched half says how well they carry over.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-from jepa_fast.monitor.phase.curves import Event, number, series
+from jepa_fast.monitor.phase.curves import Event, Level
 from jepa_fast.monitor.phase.gauges import Gauge, Reading, gauges
-from jepa_fast.monitor.phase.shapes import Valley, valleys
+from jepa_fast.monitor.phase.shapes import Valley
 
-Record = dict[str, Any]
 ROWS, LASTS = 2, 0.1  # records, and share of the steps so far, that must agree
 
 
@@ -78,32 +77,38 @@ class Vote(NamedTuple):
     says: str
 
 
-def suspicions(records: list[Record]) -> Iterator[Event]:
-    """In turn a collapse and a recovery, each when its belief has lasted for two records and a tenth of the steps so far."""
-    minima = [(v.now.called, v) for v in valleys(series(records, "loss"))]
-    held, last, first = gauges(), -math.inf, None
-    suspected, since, rows = False, None, 0
-    for record in records:
-        step = number(record.get("step"))
-        if step is None or step <= last:
-            continue
-        last, first = step, int(step) if first is None else first
-        for gauge in held.values():
-            gauge.add(int(step), record)
-        votes = _votes(held, RECOVERY if suspected else COLLAPSE)
-        if not suspected:
-            votes += [_minimum(v) for called, v in minima if called <= step][:1]
+class Suspicions:
+    """A collapse, then a recovery, each when its belief has lasted for two records and a tenth of the steps so far."""
+
+    def __init__(self) -> None:
+        self.gauges = gauges()
+        self.expected = ["collapse_suspected", "recovery_suspected"]
+        self.minimum: Vote | None = None
+        self.first: int | None = None
+        self.since, self.rows = 0, 0
+
+    def add(self, step: int, levels: dict[str, Level], minimum: Valley | None) -> Event | None:
+        self.first = step if self.first is None else self.first
+        self.minimum = _minimum(minimum) if minimum else self.minimum
+        for name in levels.keys() & self.gauges.keys():
+            self.gauges[name].add(levels[name])
+        if not self.expected or not levels:
+            return None
+        kind = self.expected[0]
+        votes = _votes(self.gauges, COLLAPSE if kind == "collapse_suspected" else RECOVERY)
+        if self.minimum and kind == "collapse_suspected":
+            votes.append(self.minimum)
         belief = 1 / (1 + math.exp(-BIAS - sum(vote.weighted for vote in votes)))
         if belief <= 0.5:
-            since, rows = None, 0
-            continue
-        since, rows = int(step) if since is None else since, rows + 1
-        settled = not suspected and any(called <= step for called, _ in minima)  # that has lasted before it was called
-        if settled or (rows >= ROWS and step - since >= LASTS * (step - first)):
-            yield _event("recovery_suspected" if suspected else "collapse_suspected", since, int(step), belief, votes)
-            suspected, since, rows = not suspected, None, 0
-            if not suspected:
-                return
+            self.rows = 0
+            return None
+        self.since, self.rows = (self.since if self.rows else step), self.rows + 1
+        settled = self.minimum in votes  # it has lasted before it was called
+        if not settled and (self.rows < ROWS or step - self.since < LASTS * (step - self.first)):
+            return None
+        self.expected.pop(0)
+        self.rows = 0
+        return _event(kind, self.since, step, belief, votes)
 
 
 def _votes(held: dict[str, Gauge], ballots: tuple[Ballot, ...]) -> list[Vote]:
