@@ -143,7 +143,7 @@ def cells() -> list[Cell]:
         c("sensor", 2, 800, decay=0.996, std=0.08, width=64), c("chirp", 3, 800, decay=0.996, std=0.08, width=64),
         c("impacts", 0, 1200, decay=0.996, std=0.03, width=64), c("bandwidth", 1, 1200, decay=0.996, std=0.03, width=64),
         c("weak_line", 0, 1200, decay=0.99, std=0.03, lr=3e-4, width=64), c("sensor", 1, 1200, decay=0.99, std=0.04, lr=3e-4, width=64),
-        c("sensor", 4, 800, decay=0.996, norm=False, std=0.04, lr=3e-4, width=64), c("bandwidth", 3, 800, decay=0.99, norm=False, std=0.03, lr=3e-4, width=64),
+        c("sensor", 4, 1000, decay=0.996, norm=False, std=0.04, lr=3e-4, width=64), c("bandwidth", 3, 800, decay=0.99, norm=False, std=0.03, lr=3e-4, width=64),
         c("impacts", 2, 600, decay=0.9, std=0.03, width=64), c("resonance", 3, 600, decay=0.0, std=0.03, width=64),
         c("sensor", 6, 900, decay=0.999, std=0.04, lr=3e-4, width=64), c("harmonics", 5, 900, decay=0.999, std=0.04, lr=3e-4, width=64),
         c("weak_line", 2, 500, decay=1.0, std=0.03, width=64), c("sensor", 3, 500, decay=1.0, std=0.04, width=64),
