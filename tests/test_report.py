@@ -104,6 +104,18 @@ def test_the_shape_of_the_loss_alone_is_no_collapse():
     assert "there was none" in said
 
 
+def test_without_a_probe_a_suspicion_is_told_as_one():
+    said = told([{"step": s, "loss": dipping(s)} for s in STEPS])
+    assert "There is no probe" in said
+    assert re.search(r"The other signals suggest useless features from step \d+, with confidence 0\.\d\d: loss fell", said)
+    assert "suggest" not in told(run_of(dipping, lambda s: 0.5 if s else 0.6))  # where a probe knows, nobody guesses
+
+
+def test_a_late_drop_is_told():
+    records = [{"step": s, "loss": dipping(s) * (0.3 if s > 800 else 1)} for s in STEPS]
+    assert "after the escape, it fell suddenly" in told(records)
+
+
 def test_a_healthy_run_is_told_as_one():
     said = told(run_of(falling, lambda s: 0.6 + s / 5000))
     assert "does not appear" in said and "no minimum followed by" in said
