@@ -57,7 +57,7 @@ COLLAPSE = (
     Ballot("constant loss", 0.4, 0.12, 0.12, _fall, MOVED),
     Ballot("feature_std", 0.3, 0.12, 0.12, _fall, MOVED),
     Ballot("rankme", 0.3, 0.12, 0.12, _fall, MOVED),
-    Ballot("discrepancy/visible", 0.3, 0.12, 0.12, _fall, MOVED),
+    Ballot("discrepancy/visible", 0.15, 0.12, 0.12, _fall, MOVED),  # it also falls while features get better
     Ballot(
         "share", 2.8, -math.log(0.05), 0.4, _poverty, POOR, most=0.2
     ),  # poor from the start is no fall; rich is a veto
