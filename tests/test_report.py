@@ -107,7 +107,9 @@ def test_the_shape_of_the_loss_alone_is_no_collapse():
 def test_without_a_probe_a_suspicion_is_told_as_one():
     said = told([{"step": s, "loss": dipping(s)} for s in STEPS])
     assert "There is no probe" in said
-    assert re.search(r"The other signals suggest useless features from step \d+, with confidence 0\.\d\d: loss fell", said)
+    assert re.search(
+        r"The other signals suggest useless features from step \d+, with confidence 0\.\d\d: loss fell", said
+    )
     assert "suggest" not in told(run_of(dipping, lambda s: 0.5 if s else 0.6))  # where a probe knows, nobody guesses
 
 

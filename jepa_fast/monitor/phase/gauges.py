@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from jepa_fast.monitor.phase.curves import Level, Smoother, margin, number, positive
 
 Record = dict[str, Any]
-KEYS = ("loss", "spread", "discrepancy/visible", "feature_std", "rankme", "rankme/context")
+KEYS = ("loss", "spread", "discrepancy/visible", "feature_std", "rankme", "rankme/context", "participation/context")
 SIGMAS = 3.0  # of noise that a change must exceed to count at all
 
 
@@ -97,6 +97,7 @@ def gauges() -> dict[str, Gauge]:
         "feature_std": Gauge(),
         "rankme": Gauge(),
         "rankme/context": Gauge(),
+        "participation/context": Gauge(),
         "discrepancy/visible": Gauge(power=0.45, from_peak=True),
         "share": Gauge(),
     }

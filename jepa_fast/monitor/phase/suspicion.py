@@ -69,12 +69,18 @@ RECOVERY = (
     Ballot("feature_std", 0.3, 0.3, 0.15, _rise, CAME_BACK),
     Ballot("rankme", 0.3, 0.2, 0.15, _rise, CAME_BACK),
     Ballot("rankme/context", 0.5, -0.1, 0.2, _return, CAME_BACK),
+    Ballot("participation/context", 0.4, 0.4, 0.2, _fall, MOVED),
 )
 
 
 class Vote(NamedTuple):
-    weighted: float
+    weight: float
+    share: float  # of it, -1 to 1
     says: str
+
+    @property
+    def weighted(self) -> float:
+        return self.weight * self.share
 
 
 class Suspicions:
@@ -117,7 +123,7 @@ def _votes(held: dict[str, Gauge], ballots: tuple[Ballot, ...]) -> list[Vote]:
         reading = held[ballot.gauge].reading
         if reading is not None:
             vote = max(-1.0, min(ballot.most, (ballot.measure(reading) - ballot.middle) / ballot.half))
-            votes.append(Vote(ballot.weight * vote, _say(ballot, reading)))
+            votes.append(Vote(ballot.weight, vote, _say(ballot, reading)))
     return votes
 
 
@@ -135,10 +141,9 @@ def _minimum(v: Valley) -> Vote:
 
 
 def _event(kind: str, step: int, called_at: int, belief: float, votes: list[Vote]) -> Event:
-    """Evidence in the order of its weight, for before against."""
+    """Evidence in the order of its weight, for before against; what hardly speaks either way is left out."""
     ordered = sorted(votes, key=lambda vote: -vote.weighted)
-    evidence = [vote.says for vote in ordered if vote.weighted > 0]
-    against = [vote.says for vote in ordered if vote.weighted <= 0]
-    evidence += [f"but {says}" for says in against]
+    evidence = [vote.says for vote in ordered if vote.share > 0.1]
+    evidence += [f"but {vote.says}" for vote in reversed(ordered) if vote.share < -0.1]
     evidence.append("no probe: what the features are worth is not known")
     return Event(kind, step, called_at, round(belief, 3), tuple(evidence))
