@@ -10,6 +10,7 @@ the untouched half says how well they carry over.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from jepa_fast.monitor.phase.curves import Event, Level
@@ -76,7 +77,7 @@ RECOVERY = (
 class Vote(NamedTuple):
     weight: float
     share: float  # of it, -1 to 1
-    says: str
+    says: Callable[[], str]  # only called events need the words
 
     @property
     def weighted(self) -> float:
@@ -123,7 +124,7 @@ def _votes(held: dict[str, Gauge], ballots: tuple[Ballot, ...]) -> list[Vote]:
         reading = held[ballot.gauge].reading
         if reading is not None:
             vote = max(-1.0, min(ballot.most, (ballot.measure(reading) - ballot.middle) / ballot.half))
-            votes.append(Vote(ballot.weight, vote, _say(ballot, reading)))
+            votes.append(Vote(ballot.weight, vote, partial(_say, ballot, reading)))
     return votes
 
 
@@ -134,16 +135,14 @@ def _say(ballot: Ballot, reading: Reading) -> str:
 
 def _minimum(v: Valley) -> Vote:
     fall = v.high.log - v.low.log
-    size = math.exp(fall)
-    return Vote(
-        MINIMUM * min(1.0, fall / math.log(10)), f"loss fell {size:.1f}x to step {v.low.step} and then rose for good"
-    )
+    said = f"loss fell {math.exp(fall):.1f}x to step {v.low.step} and then rose for good"
+    return Vote(MINIMUM, min(1.0, fall / math.log(10)), lambda: said)
 
 
 def _event(kind: str, step: int, called_at: int, belief: float, votes: list[Vote]) -> Event:
     """Evidence in the order of its weight, for before against; what hardly speaks either way is left out."""
     ordered = sorted(votes, key=lambda vote: -vote.weighted)
-    evidence = [vote.says for vote in ordered if vote.share > 0.1]
-    evidence += [f"but {vote.says}" for vote in reversed(ordered) if vote.share < -0.1]
+    evidence = [vote.says() for vote in ordered if vote.share > 0.1]
+    evidence += [f"but {vote.says()}" for vote in reversed(ordered) if vote.share < -0.1]
     evidence.append("no probe: what the features are worth is not known")
     return Event(kind, step, called_at, round(belief, 3), tuple(evidence))
