@@ -294,6 +294,7 @@ REFUSED = {
         ValueError,
         "target 0 and source 1 overlap",
     ),
+    "not a tensor": (lambda t, s: {"sources": [s[0], None]}, TypeError, "source 1 is a NoneType, not a tensor"),
     "gate not a tensor": (lambda t, s: {"gate": True}, TypeError, "gate must be a 0-dim bool tensor, got bool"),
     "few layers": (lambda t, s: {"layers": [0]}, ValueError, "1 layer numbers for 2 tensors"),
     "negative layer": (lambda t, s: {"layers": [0, -1]}, ValueError, r"layers\[1\] is -1"),

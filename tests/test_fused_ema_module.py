@@ -224,6 +224,8 @@ def test_modules_that_do_not_match_are_refused_by_name():
         FusedEMA(model, target=model[0])
     with pytest.raises(ValueError, match="parameter 'weight' is"):
         FusedEMA(nn.Linear(3, 2), target=nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"decay is 1\.5"):
+        FusedEMA(model, decay=1.5)
     with pytest.raises(ValueError, match="buffers='all'"):
         FusedEMA(model, buffers="all")
 
@@ -256,6 +258,17 @@ def test_spectral_distances_converge_to_the_largest_singular_value():
 
 def test_spectral_distance_of_equal_modules_is_zero():
     assert set(FusedEMA(network()).spectral_distances().values()) == {0.0}
+
+
+def test_a_spectral_distance_that_is_not_finite_shows_and_does_not_last():
+    model = nn.Linear(4, 4, bias=False)
+    ema = FusedEMA(model)
+    own = model.weight.detach().clone()
+    move(model, math.inf)
+    assert not math.isfinite(ema.spectral_distances()["weight"])
+    with torch.no_grad():
+        model.weight.copy_(own + torch.eye(4))
+    assert ema.spectral_distances(iterations=20)["weight"] == pytest.approx(1.0, rel=1e-3)
 
 
 # ---- sharded ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a call must satisfy before anything is written: every refusal names the tensor."""
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -49,10 +50,17 @@ def check_layers(layers: Sequence[int], num_tensors: int) -> None:
     if len(layers) != num_tensors:
         raise ValueError(f"{len(layers)} layer numbers for {num_tensors} tensors")
     for i, layer in enumerate(layers):
-        if isinstance(layer, bool) or not isinstance(layer, int):
+        if isinstance(layer, bool) or not isinstance(layer, numbers.Integral):
             raise TypeError(f"layers[{i}] is {layer!r}; layer numbers are whole numbers from 0")
         if layer < 0:
             raise ValueError(f"layers[{i}] is {layer}; layer numbers are whole numbers from 0")
+
+
+def check_decay(decay: float) -> None:
+    if isinstance(decay, bool) or not isinstance(decay, numbers.Real):
+        raise TypeError(f"decay must be a number in [0, 1] or a 0-dim float64 tensor, got {type(decay).__name__}")
+    if not 0.0 <= decay <= 1.0:  # nor is NaN
+        raise ValueError(f"decay is {decay}; it must lie in [0, 1]")
 
 
 def check_gate(gate: Tensor, device: torch.device) -> None:

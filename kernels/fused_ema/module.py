@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fused_ema.check import check_decay
 from fused_ema.op import LayerStats, ema_update_, local
 from fused_ema.pairs import Pair, buffer_slots, pair_slots, parameter_slots
 from fused_ema.sharding import fsdp_modules, reshard, sum_over_shards
@@ -46,6 +47,8 @@ class FusedEMA:
     ):
         if buffers not in ("copy", "ema", "ignore"):
             raise ValueError(f"buffers={buffers!r}; one of copy, ema, ignore")
+        if not isinstance(decay, Tensor) and not callable(decay):
+            check_decay(decay)
         if target is not None and device is not None:
             raise ValueError("device= is for the copy that FusedEMA makes; move the target itself instead")
         self.decay, self.model, self.backend, self.num_updates = decay, model, backend, 0

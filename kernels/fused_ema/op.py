@@ -6,8 +6,7 @@ update alone.
 """
 
 import math
-import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from fused_ema.backends import available_backends, choose_backend, make_plan
-from fused_ema.check import check_gate, check_layers, check_materialised, check_pairs
+from fused_ema.check import check_decay, check_gate, check_layers, check_materialised, check_pairs
 from fused_ema.plan import Plan, PlanCache
 
 _PLAIN = {Tensor, Parameter}
@@ -53,7 +52,8 @@ def ema_update_(
     stats: False measures nothing: the result is NaN. Where memory is the limit that saves no time.
     Raises ValueError or TypeError, naming the tensor, before anything is written. No host synchronisation.
     """
-    targets, sources, copied = locals_of(targets), locals_of(sources), locals_of(copies or ())
+    targets, sources = _locals_of("target", targets), _locals_of("source", sources)
+    copied = _locals_of("copy", copies if copies is not None else ())
     if len(targets) != len(sources):
         raise ValueError(f"{len(targets)} targets but {len(sources)} sources; they must pair up")
     if copied and len(copied) != len(targets):
@@ -62,7 +62,7 @@ def ema_update_(
         numbers_ = list(range(len(targets)))
     else:
         check_layers(layers, len(targets))
-        numbers_ = list(layers)
+        numbers_ = [int(layer) for layer in layers]
     device = targets[0].device if targets else torch.device("cpu")
     weight = _weight(decay, device)
     if gate is not None:
@@ -118,8 +118,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if torch.compiler.is_compiling() else tensor._local_tensor  # type: ignore[attr-defined]
 
 
-def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return list(tensors) if _PLAIN.issuperset(map(type, tensors)) else [local(t) for t in tensors]
+def _locals_of(role: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    tensors = list(tensors)
+    if _PLAIN.issuperset(map(type, tensors)):
+        return tensors
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{role} {i} is a {type(tensor).__name__}, not a tensor")
+    return [local(t) for t in tensors]
 
 
 def _traced(tensors: Sequence[Tensor]) -> bool:
@@ -140,10 +146,7 @@ def _weight(decay: float | Tensor, device: torch.device) -> Tensor:
         if decay.device != device:
             raise ValueError(f"the decay tensor is on {decay.device}, the targets on {device}")
         return 1.0 - decay
-    if isinstance(decay, bool) or not isinstance(decay, numbers.Real):
-        raise TypeError(f"decay must be a number in [0, 1] or a 0-dim float64 tensor, got {type(decay).__name__}")
-    if math.isnan(decay) or not 0.0 <= decay <= 1.0:
-        raise ValueError(f"decay is {decay}; it must lie in [0, 1]")
+    check_decay(decay)
     return torch.full((), 1.0 - float(decay), dtype=torch.float64, device=device)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from fused_ema.check import check_decay
 from fused_ema.op import ema_update_
 
 
@@ -12,8 +13,7 @@ def warmup(decay: float, gamma: float = 1.0, power: float = 2 / 3) -> Callable[[
 
     A young average so follows the weights instead of remembering their initialisation (Karras-style power ramp).
     """
-    if not 0.0 <= decay <= 1.0:
-        raise ValueError(f"decay is {decay}; it must lie in [0, 1]")
+    check_decay(decay)
     if gamma <= 0 or power <= 0:
         raise ValueError(f"gamma {gamma} and power {power} must be above 0")
     return lambda num_updates: min(decay, 1.0 - (1.0 + num_updates / gamma) ** -power)
@@ -21,6 +21,7 @@ def warmup(decay: float, gamma: float = 1.0, power: float = 2 / 3) -> Callable[[
 
 def multi_avg_fn(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
     """For AveragedModel(model, multi_avg_fn=...): the fused pass in place of foreach lerp; mixed dtypes allowed."""
+    check_decay(decay)
 
     def average(averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor | int) -> None:
         ema_update_(averaged, current, decay)

@@ -53,7 +53,7 @@ def _iterate(drift: Tensor, v: Tensor, groups: tuple[dist.ProcessGroup, ...]) ->
     w, u_norm = both[:, :-1], both[:, -1].sqrt()
     w_norm = torch.linalg.vector_norm(w, dim=1)
     moved = ((w_norm > 0) & w_norm.isfinite()).unsqueeze(1)  # else the next call starts where this one did
-    sigma = torch.where(u_norm > 0, w_norm / u_norm.clamp_min(torch.finfo(u_norm.dtype).tiny), 0.0)
+    sigma = torch.where(u_norm == 0, 0.0, w_norm / u_norm)
     return torch.where(moved, w / w_norm.clamp_min(torch.finfo(w.dtype).tiny).unsqueeze(1), v), sigma
 
 
