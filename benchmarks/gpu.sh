@@ -73,9 +73,9 @@ device=cuda tiny="" gate=""
 
 # ---- the parts ---------------------------------------------------------------------------------------------
 
-bench() { # NAME [OPTION ...]; a benchmark that is not there is no failure of this script
+bench() { # NAME [OPTION ...]
     local name=$1; shift
-    "$PYTHON" "benchmarks/bench_$name.py" --device "$device" --out "$scratch/rows" $tiny $gate "$@"
+    "$PYTHON" -m "benchmarks.bench_$name" --device "$device" --out "$scratch/rows" $tiny $gate "$@"
 }
 part_build() {
     export NPY_NUM_BUILD_JOBS=8
@@ -141,7 +141,7 @@ for part in "${parts[@]}"; do
         outcome="not started: no time left"
     else
         echo "== $part" | tee -a "$out/log.txt"
-        timeout --kill-after=5 "$bound" bash -c "part_$part" 2>&1 | tee -a "$out/log.txt" | tail -n 25
+        BENCH_DEADLINE=$(($(date +%s) + bound - 6)) timeout --kill-after=5 "$bound" bash -c "part_$part" 2>&1 | tee -a "$out/log.txt" | tail -n 25
         code=${PIPESTATUS[0]}
         case $code in
             0) outcome=done ;;

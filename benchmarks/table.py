@@ -98,7 +98,10 @@ def latest(found: Iterable[Row]) -> list[Row]:
 def section(bench: str, found: list[Row], metrics: list[str], figures: str) -> str:
     """Figure, caption and table of one benchmark, device by device, the newest first. `metrics`: only these, no figure."""
     found = latest(found)
-    devices = sorted({r["device"] for r in found}, key=lambda d: max(r["date"] for r in found if r["device"] == d))
+    newest: dict[str, str] = {}
+    for row in found:
+        newest[row["device"]] = max(newest.get(row["device"], ""), row["date"])
+    devices = sorted(newest, key=lambda device: (newest[device], device))
     parts = []
     for device in reversed(devices):
         mine = [r for r in found if r["device"] == device and (not metrics or r["metric"] in metrics)]
