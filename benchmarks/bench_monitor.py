@@ -8,7 +8,7 @@ the same weights. `overhead_fraction` is the time over a step with the EMA only,
 without an EMA. Rows of whole steps pay on *every* step: `fused+record` writes a record each time. What a run pays is
 `trainer`: from the parts, timed alone in the same rounds, as often as the preset's periods make them happen (distances
 every step, a record every `log.every`, probes every `monitor.every`). A part alone resolves what the difference of two
-long steps does not. `host_syncs` counts what a step reads back from the device.
+long steps does not. `host_syncs` (CUDA) counts what a step reads back from the device.
 
 By hand: `eager+...` are a foreach EMA with the distances from one reused scratch tensor (the best eager way), from
 `_foreach_sub` and `_foreach_norm`, from a `.item()` a tensor, and with a second forward of both encoders on whole
@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from benchmarks.harness import Bench, Call, Case, arguments, peak_memory
 from benchmarks.one_step import OneStep
@@ -209,24 +208,8 @@ def check_probes(subject: Subject) -> None:
     assert 0 <= found["probe/target"] <= 1 and found["discrepancy/full"] >= 0, found
 
 
-class _Reads(TorchFunctionMode):
-    """Counts what Python reads out of tensors: a synchronisation each where they are on a device."""
-
-    READERS = tuple(getattr(torch.Tensor, name) for name in (
-        "item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"))  # fmt: skip
-    count = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += func in self.READERS
-        return func(*args, **(kwargs or {}))
-
-
-def host_syncs(call: Call, device: torch.device) -> int:
-    """Synchronisations of one call: as torch warns of them on CUDA; on a CPU, values read by Python."""
-    if device.type != "cuda":
-        with _Reads() as reads:
-            call()
-        return reads.count
+def host_syncs(call: Call) -> int:
+    """Synchronisations of one call, as torch warns of them on CUDA."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -275,8 +258,8 @@ def measure(bench: Bench, shape: str) -> None:
                 values = [own / other - 1 for own, other in zip(times, rows[base], strict=True)]
                 bench.record(case.shape, case.dtype, way_name, metric, "1", values)
     trainer(bench, case, config.log.every, config.monitor.every)
-    for way_name in steps:
-        bench.record(case.shape, case.dtype, way_name, "host_syncs", "1", [host_syncs(calls[way_name], bench.device)])
+    for way_name in steps if cuda else ():
+        bench.record(case.shape, case.dtype, way_name, "host_syncs", "1", [host_syncs(calls[way_name])])
         peak = peak_memory(calls[way_name], bench.device)
         if peak is not None:
             bench.record(case.shape, case.dtype, way_name, "peak_memory", "GB", [peak / 1e9])
