@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from jepa_fast import rundir
-from jepa_fast.config import Config, flatten, replace
+from jepa_fast import parallel, rundir
+from jepa_fast.config import Config, flatten, replace, to_json
 from jepa_fast.errors import UsageError, suggest
 from jepa_fast.presets import PRESETS, preset
 
@@ -23,7 +23,10 @@ USAGE = """usage: python -m jepa_fast.train [PRESET] [--section.field VALUE ...]
   --resume auto     continue it if it has a checkpoint, else start it
   --data.path PATH  shards, image folder, CIFAR folder, series file
   --train.steps N   --train.seed N   --log.every N   --checkpoint.every N   --run.dir PATH
-  --init.from CHECKPOINT   --parallel.mode auto|single|ddp
+  --init.from CHECKPOINT   --parallel.mode auto|single|ddp|fsdp|hsdp
+  --dry-run [N]     what N processes need in memory and communication, and stop
+
+SIGTERM, SIGINT or SIGUSR1: a checkpoint at the end of the step, and exit status 75. Bad input: 2.
 
 Without a preset: `demo` on a CPU, `in1k-vitb16` on CUDA."""
 
@@ -34,12 +37,18 @@ class Command:
 
     config: Config
     resume: str  # '', 'must' or 'auto'
-    action: str = "train"  # or 'list', 'print-config', 'help'
+    action: str = "train"  # or 'list', 'print-config', 'dry-run', 'help'
+    processes: int = 1  # of the dry run
 
 
 def parse(argv: list[str]) -> Command:
     """Raises UsageError: unknown preset or field (with the nearest name), a value of the wrong kind or out of range."""
     rest, resume = _take_resume(list(argv))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not resume:
+        resume = "auto"  # torchrun started us again: go on
+    rest, processes = _take_dry_run(rest)
+    if processes:
+        return Command(_configuration(rest, resume), resume, "dry-run", processes)
     for action in ("help", "list", "print-config"):
         if f"--{action}" in rest or (action == "help" and "-h" in rest):
             rest = [a for a in rest if a not in (f"--{action}", "-h")]
@@ -65,6 +74,29 @@ def _take_resume(argv: list[str]) -> tuple[list[str], str]:
             rest.append(arg)
         i += 1
     return rest, resume
+
+
+def _take_dry_run(argv: list[str]) -> tuple[list[str], int]:
+    """The rest, and how many processes `--dry-run [N]` asks about (0: it is not there)."""
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--dry-run=") else [arg])]
+    if "--dry-run" not in argv:
+        return argv, 0
+    i = argv.index("--dry-run")
+    given = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("-") else ""
+    if given and given not in PRESETS:
+        if not given.isdigit() or not int(given):
+            raise UsageError(f"--dry-run {given}: give a number of processes, as in --dry-run 8")
+        return argv[:i] + argv[i + 2 :], int(given)
+    return argv[:i] + argv[i + 1 :], int(os.environ.get("WORLD_SIZE", 1))
+
+
+def answer(command: Command) -> str:
+    """What an action other than training prints."""
+    if command.action == "dry-run":
+        return parallel.dry_run(command.config, command.processes)
+    if command.action == "print-config":
+        return to_json(command.config).rstrip()
+    return USAGE if command.action == "help" else listing()
 
 
 def _configuration(args: list[str], resume: str) -> Config:
@@ -117,7 +149,7 @@ def _refuse_unknown(args: list[str], base: Config) -> None:
         if arg.startswith("--"):
             field = arg[2:].split("=", 1)[0].replace("-", "_")
             if field not in known:
-                options = [f"--{name}" for name in (*known, "list", "print-config", "resume", "help")]
+                options = [f"--{name}" for name in (*known, "list", "print-config", "resume", "dry-run", "help")]
                 raise UsageError(
                     f"unknown option {arg.split('=')[0]}{suggest(arg, options)}; --print-config lists all fields"
                 )

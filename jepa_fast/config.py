@@ -96,6 +96,8 @@ class Model:
     depth_scaled_init: bool = False
     """Divide attention-output and MLP-output weights by sqrt(2 * layer)."""
     norm_eps: float = 1e-6
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of every block, with static shapes from a ladder of buckets. auto: on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +164,32 @@ class Train:
     """bf16: autocast; loss, layer-normed targets, optimizer and EMA stay fp32."""
     max_bad_steps: int = 10
     """Consecutive steps with a non-finite loss or gradient before the run stops."""
+    deterministic: bool = False
+    """Only operations that repeat bit for bit, as far as torch has them. On a CPU they do in any case."""
 
 
 @dataclass(frozen=True)
 class Parallel:
-    mode: Literal["auto", "single", "ddp"] = "auto"
+    mode: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = "auto"
+    """auto: what memory allows, the cheapest in communication first; the first lines of a run say what and why."""
+    micro_batch: int = 0
+    """Inputs of one forward in one process; gradients add up over its share of the batch. 0: the whole share at once."""
+    reshard_after_forward: bool = True
+    """fsdp, hsdp: free a block's gathered weights after its forward (ZeRO-3). Off: only after its backward (ZeRO-2)."""
+    prefetch: int = 1
+    """fsdp, hsdp: blocks gathered ahead of the one that computes."""
+    shards: int = 0
+    """hsdp: processes that one copy of the model is cut over. 0: those of one machine."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """fsdp, hsdp: precision in which gradients are added up."""
+    recompute: bool = False
+    """Activation checkpointing: blocks with gradients compute their forward again in the backward, for memory."""
     threads: int = 0
     """CPU threads of one process. 0: the machine's cores shared out over its processes."""
+    start_timeout: float = 1800.0
+    """Seconds that processes wait for one another up to the end of the first step: opening data, compiling."""
+    timeout: float = 300.0
+    """The same afterwards; longer than the monitor's examination takes."""
 
 
 @dataclass(frozen=True)
@@ -201,12 +222,22 @@ class Checkpoint:
     """Steps between checkpoints. 0: only at the end."""
     keep: int = 2
     """Newest checkpoints kept. 0: all."""
+    background: bool = True
+    """Write while training goes on. Off: training waits."""
 
 
 @dataclass(frozen=True)
 class Log:
     every: int = 10
     """Steps between records of metrics.jsonl."""
+    tensorboard: bool = False
+    """Also write records as TensorBoard events (needs the package tensorboard)."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    steps: int = 0
+    """Steps traced by torch.profiler, after five to warm up: profile/rank*.json and a table of kernels in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +262,7 @@ class Config:
     monitor: Monitor = field(default_factory=Monitor)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
+    profile: Profile = field(default_factory=Profile)
     init: Init = field(default_factory=Init)
 
     @property
@@ -289,7 +321,8 @@ def _check_ranges(c: Config) -> None:
     for name in ("data.channels", "data.series_length", "train.steps", "train.epochs", "train.seed", "optim.warmup_steps", "optim.warmup_epochs", "optim.lr", "optim.start_lr",
                  "optim.final_lr", "optim.weight_decay", "optim.final_weight_decay", "optim.clip", "checkpoint.every",
                  "checkpoint.keep", "monitor.spectrum_every", "monitor.lidar_every", "monitor.bound_every",
-                 "monitor.spectral_every", "perturb.noise", "perturb.until", "monitor.lidar_views", "monitor.jacobian", "masks.context_tokens", "parallel.threads", "model.predictor_heads"):  # fmt: skip
+                 "monitor.spectral_every", "perturb.noise", "perturb.until", "monitor.lidar_views", "monitor.jacobian", "masks.context_tokens", "parallel.threads",
+                 "parallel.micro_batch", "parallel.prefetch", "parallel.shards", "profile.steps", "model.predictor_heads"):  # fmt: skip
         _require(get(c, name) >= 0, name, get(c, name), "it cannot be negative")
     for name in (
         "model.init_std",
@@ -299,6 +332,8 @@ def _check_ranges(c: Config) -> None:
         "ema.scale",
         "monitor.knn_temperature",
         "monitor.ridge",
+        "parallel.timeout",
+        "parallel.start_timeout",
     ):
         _require(get(c, name) > 0, name, get(c, name), "give a number above 0")
     for name, top in (

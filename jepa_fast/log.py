@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jepa_fast.errors import UsageError
+
 
 class RunLog:
     """Appends records and events to a run folder. On resume, what lies after the checkpoint is cut off.
@@ -18,6 +20,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, resume_step: int):
+        self._board: Any = None
         self.records: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self._metrics, self._events = None, None
@@ -30,15 +33,33 @@ class RunLog:
     def record(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         _append(self._metrics, record)
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, record["step"])
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         self.events.append({"kind": kind, "step": step, **details})
         _append(self._events, self.events[-1])
 
+    def mirror_to_tensorboard(self, folder: Path, resume_step: int) -> None:
+        """From here on write records there too; what lies after `resume_step` is hidden."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder), purge_step=resume_step or None)
+
     def close(self) -> None:
-        for stream in (self._metrics, self._events):
+        for stream in (self._metrics, self._events, self._board):
             if stream is not None:
                 stream.close()
+
+
+def need_tensorboard() -> None:
+    """Raises UsageError if the package is not there."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise UsageError("--log.tensorboard needs a package: pip install tensorboard, or leave it out") from None
 
 
 def _append(stream: Any, line: dict[str, Any]) -> None:
@@ -61,9 +82,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+LASTING = ("resume", "preempted")  # what happened to the process, and not on the way of the weights
+
+
 def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
     """Keep the records before `step` only (a resumed run writes those from `step` on again)."""
-    kept = [r for r in read(path) if r.get("called_at", r.get("step", 0)) < step]
+    kept = [r for r in read(path) if r.get("called_at", r.get("step", 0)) < step or r.get("kind") in LASTING]
     beside = path.with_name(f".{path.name}.partial")
     beside.write_text("".join(json.dumps(r) + "\n" for r in kept))
     beside.rename(path)

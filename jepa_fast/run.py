@@ -1,26 +1,33 @@
 """Around the training loop: put a run together, write its records and checkpoints, and close it with a verdict."""
 
+import dataclasses
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
-from jepa_fast import checkpoint, optim, parallel, report, rundir, schedules
-from jepa_fast.config import Config, get, replace
+from jepa_fast import checkpoint, log, optim, parallel, report, rundir, schedules, survive
+from jepa_fast.clock import Clock
+from jepa_fast.config import Config, get, replace, to_json
 from jepa_fast.data.dataset import Dataset, open_dataset
 from jepa_fast.data.loader import Loader
 from jepa_fast.data.masks import check_masks
+from jepa_fast.data.packing import MaskPlan
 from jepa_fast.data.sources import fixed_draw
 from jepa_fast.ema import TargetEMA
 from jepa_fast.errors import UsageError
 from jepa_fast.log import Progress, RunLog
 from jepa_fast.model.attention import choose_backend
-from jepa_fast.model.jepa import JEPA
+from jepa_fast.model.jepa import JEPA, Output
 from jepa_fast.monitor import FULL_INPUTS, CollapseMonitor, Examination, probes, sentence
 from jepa_fast.monitor.views import FixedMasks
-from jepa_fast.parallel import World
+from jepa_fast.parallel import Choice, World
 
 
 @dataclass
@@ -29,61 +36,88 @@ class Run:
 
     config: Config
     world: World
+    choice: Choice
     folder: Path
     steps: int  # optimizer steps of the whole run
     warmup: int  # of which with a rising learning rate
     start: int  # steps already made, when resumed
     dataset: Dataset
     jepa: JEPA
-    model: nn.Module  # jepa as the loop calls it: wrapped where there are several processes
+    model: nn.Module  # jepa as the loop calls it: wrapped where DDP averages gradients
     optimizer: torch.optim.Optimizer
     ema: TargetEMA
     monitor: CollapseMonitor
     loader: Loader
+    clock: Clock
+    stop: survive.Preemption
+    writer: checkpoint.Writer
     progress: Progress
+    lock: IO[str] | None  # of the folder, on the main process
 
     @property
     def log(self) -> RunLog | None:
         """On the main process."""
         return self.monitor.log
 
+    def records(self, step: int) -> bool:
+        """Whether a line of metrics.jsonl is written before step `step`."""
+        examination = self.monitor.examination
+        seldom = examination is not None and examination.due(step)
+        return step % self.config.log.every == 0 or seldom or step == self.steps
 
-def set_up(config: Config, resume: str, world: World) -> Run:
+    def saves(self, step: int) -> bool:
+        every = self.config.checkpoint.every
+        return (every > 0 and step % every == 0) or step == self.steps
+
+
+def set_up(config: Config, resume: str, world: World, stop: survive.Preemption) -> Run:
     """Everything that can refuse does so before the run folder is touched. Raises UsageError."""
-    for step in (0, 1):  # both ends of a schedule
-        check_masks(schedules.masks(config.masks, step, 1), config.grid)
-    dataset = open_dataset(config)
-    config = _fitted(config, dataset)
-    folder, start, state = _folder(config, resume, world)
+    with parallel.lead(world):
+        for step in (0, 1):  # both ends of a schedule
+            check_masks(schedules.masks(config.masks, step, 1), config.grid)
+        dataset = open_dataset(config)
+        config = _fitted(config, dataset)
+        if config.log.tensorboard:
+            log.need_tensorboard()
+    folder, start = _folder(config, resume, world)
+    held = folder / "checkpoints" / f"step-{start}"
+    state = checkpoint.read_state(held) if start else None
     per_epoch = len(dataset.train) / config.train.batch_size
     steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
     warmup = config.optim.warmup_steps + round(config.optim.warmup_epochs * per_epoch)
 
+    choice = parallel.choose(config, world)
     torch.manual_seed(config.train.seed)
-    jepa = JEPA(config)
-    if config.init.from_ and state is None:
-        _load_weights(jepa, checkpoint.weights_at(config.init.from_), f"--init.from {config.init.from_}")
-    jepa.to(world.device)
-    model = parallel.distribute(jepa, world)
+    jepa = parallel.build(config, world, choice, _initial_weights(config, world, choice, start))
+    model = parallel.distribute(jepa, world, choice)
     ema, optimizer = TargetEMA(jepa), optim.build(jepa, config.optim)
-    progress = Progress(steps, start, quiet=not world.is_main, every=max(config.monitor.every, steps // 40))
-    examination = _examination(config, dataset, jepa, world)
     if state is not None:
-        _restore(config, folder, dataset, jepa, optimizer, state)
+        with parallel.lead(world):
+            _refuse_other_data(state, dataset, folder)
+        checkpoint.restore(held, _tensors(jepa, optimizer), world.host, f"the checkpoint in {folder}")
+    progress = Progress(steps, start, quiet=not world.is_main, every=max(config.monitor.every, steps // 40))
+    examination = _examination(config, dataset, jepa, world, choice)
+    clock = Clock(world)
+    jepa.target_encoder.encode = clock.timed("target", jepa.target_encoder.encode)  # type: ignore[method-assign]
     loader = Loader(config, dataset.train, config.train.seed, world.rank, world.size, start, steps + 1)
-    if world.is_main:  # from here on the folder is written to
-        rundir.claim(config, folder)
+    lock = None
+    with parallel.lead(world):
+        if world.is_main:  # from here on the folder is written to
+            lock = rundir.claim(config, folder, new=not config.run.dir and not start)
     monitor = CollapseMonitor(
         folder, ema.fused, loss=jepa.loss, target_norm=jepa.target_norm, every=config.log.every,
         spectral_every=config.monitor.spectral_every, examination=examination, start=start, say=progress.say,
     )  # fmt: skip
     if state is not None:
-        monitor.load_state_dict(state["monitor"])
+        _restore_share(state, monitor, world)
     run = Run(
-        config, world, folder, steps, warmup, start, dataset, jepa, model, optimizer, ema, monitor, loader, progress
-    )
-    if world.is_main:
-        if start and run.log:
+        config, world, choice, folder, steps, warmup, start, dataset, jepa, model, optimizer, ema, monitor, loader,
+        clock, stop, checkpoint.Writer(folder, config.checkpoint.keep, world.files), progress, lock,
+    )  # fmt: skip
+    if run.log:
+        if config.log.tensorboard:
+            run.log.mirror_to_tensorboard(folder / "tensorboard", start)
+        if start:
             run.log.event("resume", start, processes=world.size)
         _introduce(run)
     return run
@@ -103,35 +137,36 @@ def _fitted(config: Config, dataset: Dataset) -> Config:
     return config.check()
 
 
-def _folder(config: Config, resume: str, world: World) -> tuple[Path, int, dict | None]:
-    """Run folder, first step, checkpoint: decided by the main process, the same on all."""
-    folder, step = Path(), 0
-    if world.is_main:
-        folder = Path(config.run.dir) if config.run.dir else rundir.next_free(config.preset)
-        step = rundir.find_start(config, folder, resume)
-    folder, step = parallel.same_everywhere((folder, step), world)
-    return folder, step, checkpoint.load(folder / "checkpoints" / f"step-{step}") if step else None
+def _folder(config: Config, resume: str, world: World) -> tuple[Path, int]:
+    """Run folder and first step: decided by the main process, the same on all."""
+    found = Path(), 0
+    with parallel.lead(world):
+        if world.is_main:
+            folder = Path(config.run.dir) if config.run.dir else rundir.next_free(config.preset)
+            found = folder, rundir.find_start(config, folder, resume)
+    return parallel.same_everywhere(found, world)
 
 
-def _load_weights(jepa: JEPA, weights: dict[str, Tensor], where: str) -> None:
-    own = jepa.state_dict()
-    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if missing or unknown:
-        raise UsageError(
-            f"{where} is another architecture: it has {'no ' + missing[0] if missing else unknown[0]}; use the preset it was trained with"
-        )
-    for name, value in weights.items():
-        if own[name].shape != value.shape:
-            raise UsageError(
-                f"{where} is another architecture: {name} is {list(value.shape)} there and {list(own[name].shape)} here"
-            )
-    jepa.load_state_dict(weights)
+def _initial_weights(config: Config, world: World, choice: Choice, start: int) -> dict[str, Tensor] | None:
+    """What --init.from names, if the run begins; read by every process that will build a whole model."""
+    weights = None
+    with parallel.lead(world):
+        if config.init.from_ and not start and (world.is_main or not choice.sharded):
+            where, weights = f"--init.from {config.init.from_}", checkpoint.weights_at(config.init.from_)
+            with torch.device("meta"):
+                own = JEPA(config).state_dict()
+            checkpoint.check_fit(_shapes(weights), _shapes(own), where)
+    return weights
 
 
-def _examination(config: Config, dataset: Dataset, jepa: JEPA, world: World) -> Examination:
-    """The fixed inputs live on the main process only."""
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _examination(config: Config, dataset: Dataset, jepa: JEPA, world: World, choice: Choice) -> Examination:
+    """The fixed inputs live on the main process, or on all where only all together can run an encoder."""
     probe_set, inputs = None, torch.empty(0)
-    if world.is_main:
+    if world.is_main or choice.sharded:
         if dataset.probe_train is not None and dataset.probe_test is not None:
             m = config.monitor
             probe_set = probes.collect(
@@ -142,20 +177,36 @@ def _examination(config: Config, dataset: Dataset, jepa: JEPA, world: World) -> 
             inputs = torch.from_numpy(fixed_draw(dataset.train, FULL_INPUTS)[0])
     return Examination(
         jepa.context_encoder, jepa.target_encoder, inputs, probe_set=probe_set, views=FixedMasks(config),
-        config=config.monitor, device=world.device,
+        config=config.monitor, device=world.device, everywhere=choice.sharded,
     )  # fmt: skip
 
 
-def _restore(
-    config: Config, folder: Path, dataset: Dataset, jepa: JEPA, optimizer: torch.optim.Optimizer, state: dict
-) -> None:
+def _refuse_other_data(state: dict[str, Any], dataset: Dataset, folder: Path) -> None:
     if state["data"] != dataset.fingerprint:
         raise UsageError(
             f"the data changed since {folder} was started (fingerprint {state['data'][:12]} then, {dataset.fingerprint[:12]} now); put the old data back, or start a new --run.dir"
         )
-    _load_weights(jepa, state["model"], f"the checkpoint in {folder}")
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
+
+
+def _restore_share(state: dict[str, Any], monitor: CollapseMonitor, world: World) -> None:
+    """What this process kept; on another number of processes the mean of all sums, so that means over processes hold."""
+    shares = state["processes"]
+    own = shares[world.rank % len(shares)]
+    if len(shares) != world.size:
+        sums = [share["monitor"]["interval"] for share in shares]
+        mean = {name: torch.stack([s[name] for s in sums]).mean(0) for name in sums[0]}
+        own = own | {"monitor": own["monitor"] | {"interval": mean}}
+    monitor.load_state_dict(own["monitor"])
+    torch.set_rng_state(own["rng"])
+    if "rng/cuda" in own and world.device.type == "cuda":
+        torch.cuda.set_rng_state(own["rng/cuda"])
+
+
+def _tensors(jepa: JEPA, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that is trained or remembered, by the names it has in a checkpoint; the tensors themselves."""
+    parallel.settle(jepa)
+    weights = {f"model.{name}": value for name, value in jepa.state_dict().items()}
+    return weights | {f"optimizer.{name}": value for name, value in optim.moments(optimizer, jepa).items()}
 
 
 def _introduce(run: Run) -> None:
@@ -170,6 +221,11 @@ def _introduce(run: Run) -> None:
     print(
         f"{run.world.size} process(es) on {run.world.device.type}, {torch.get_num_threads()} CPU threads each, {config.train.precision}; ragged attention: {backend} ({reason})"
     )
+    print(f"parallel: {run.choice.mode} ({run.choice.reason})")
+    if config.train.deterministic and run.world.device.type == "cuda":
+        print(
+            "deterministic: torch warns of operations that have no such variant; NCCL's sums repeat for equal topology"
+        )
     begun = f"continuing at step {run.start}" if run.start else f"{run.steps} steps of {config.train.batch_size}"
     print(f"run folder {run.folder}: {begun}", flush=True)
 
@@ -188,24 +244,75 @@ def show(run: Run, record: dict) -> None:
         )
 
 
+Part = tuple[Output, MaskPlan, float]
+"""Outputs and masks of a micro batch, and its share of the process's batch."""
+
+
+def joined(parts: list[Part]) -> tuple[Output, MaskPlan]:
+    """The outputs of micro batches as of one batch, for the monitor: of the plan, rows and weights are of all."""
+    if len(parts) == 1:
+        return parts[0][0], parts[0][1]
+    outputs, plans, shares = zip(*parts, strict=True)
+    begins = [0]
+    for output in outputs:
+        begins.append(begins[-1] + output.target.shape[0] * output.target.shape[1])  # rows of [B * N]
+    plan = dataclasses.replace(
+        plans[0],
+        context_rows=torch.cat([p.context_rows + b for p, b in zip(plans, begins, strict=False)]),
+        target_rows=torch.cat([p.target_rows + b for p, b in zip(plans, begins, strict=False)]),
+        target_weight=torch.cat([p.target_weight * share for p, share in zip(plans, shares, strict=True)]),
+    )
+    loss = torch.stack([o.loss.detach() * share for o, share in zip(outputs, shares, strict=True)]).sum()
+    return Output(loss, torch.cat([o.context for o in outputs]), torch.cat([o.target for o in outputs])), plan
+
+
 def save(run: Run, step: int) -> None:
-    """A checkpoint of everything the run needs to go on as if it had not stopped; written by the main process."""
-    if run.world.is_main:
-        state = {
-            "step": step,
-            "model": run.jepa.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-            "monitor": run.monitor.state_dict(),
-            "data": run.dataset.fingerprint,
-            "rng": torch.get_rng_state(),
-        }
-        checkpoint.save(run.folder, step, state, run.config.checkpoint.keep)
+    """Begin a checkpoint of everything the run needs to go on as if it had not stopped. All processes call it."""
+    own = {"monitor": run.monitor.state_dict(), "rng": torch.get_rng_state()}
+    if run.world.device.type == "cuda":
+        own["rng/cuda"] = torch.cuda.get_rng_state()
+    state = {
+        "step": step,
+        "data": run.dataset.fingerprint,
+        "config": to_json(run.config),
+        "processes": parallel.gather(own, run.world),
+    }
+    run.writer.save(step, _tensors(run.jepa, run.optimizer), state)
+    if not run.config.checkpoint.background:
+        run.writer.finish()
+
+
+def stop_here(run: Run, number: int, step: int) -> None:
+    """The checkpoint of `step` written out. Raises Preempted."""
+    run.writer.finish()
+    if run.log:
+        run.log.event("preempted", step, signal=number)
     parallel.barrier(run.world)
+    raise survive.farewell(number, step, run.folder)
+
+
+@contextmanager
+def watched(run: Run) -> Iterator[None]:
+    """Around the loop: a watchdog; threads and files closed however it ends; errors noted, each process its own."""
+    dog = survive.Watchdog(run.world, run.clock, 0.8 * run.config.parallel.timeout)
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if not isinstance(error, (UsageError, survive.Preempted)):
+            survive.note_error(run.folder, run.world, run.clock, error)
+        line = survive.lost_contact(error, run.world, run.clock)
+        if line is None:
+            raise
+        print(f"error: {line}", flush=True)
+        os._exit(1)  # threads that wait for the lost process would hold up a normal exit
+    finally:
+        dog.close()
+        run.loader.close()
+        run.writer.close()
 
 
 def close(run: Run) -> None:
     """Say what happened, in plain words, and where the report is."""
-    run.loader.close()
     if run.log is None:
         return
     for key, reason in run.loader.bad:
@@ -216,3 +323,5 @@ def close(run: Run) -> None:
     for event in events:
         print(sentence(event))
     print(f"report: {report.write(run.folder)}", flush=True)
+    if run.lock:
+        run.lock.close()

@@ -1,13 +1,19 @@
-"""The run folder: which one, whether it may be used, and where a resumed run begins."""
+"""The run folder: which one, whose, whether it may be used, and where a resumed run begins."""
 
+import fcntl
+import json
+import os
+import socket
 from pathlib import Path
+from typing import IO
 
 from jepa_fast import checkpoint
 from jepa_fast.config import Config, flatten, from_json, replace, to_json
 from jepa_fast.errors import UsageError
 
 # What may differ when a run goes on: how long, how often it writes, and on how many devices.
-MAY_CHANGE = ("train.steps", "train.epochs", "log.", "checkpoint.", "parallel.", "run.dir", "data.workers")
+MAY_CHANGE = ("train.steps", "train.epochs", "log.", "checkpoint.", "parallel.", "profile.", "run.dir", "data.workers")
+LOCK = ".lock"
 
 
 def next_free(preset: str, root: Path = Path("runs")) -> Path:
@@ -17,9 +23,10 @@ def next_free(preset: str, root: Path = Path("runs")) -> Path:
 
 
 def newest(preset: str, root: Path = Path("runs")) -> Path | None:
-    """The run folder of `preset` with the highest number, or None."""
-    taken = _numbers(preset, root)
-    return root / f"{preset}-{max(taken)}" if taken else None
+    """The run folder of `preset` to continue, or None: that of this torchrun job, if it was restarted; else the newest."""
+    folders = [root / f"{preset}-{n}" for n in sorted(_numbers(preset, root), reverse=True)]
+    mine = [f for f in folders if job() and _holder(f).get("job") == job()]
+    return next(iter(mine or folders), None)
 
 
 def _numbers(preset: str, root: Path) -> list[int]:
@@ -37,32 +44,87 @@ def find_start(config: Config, folder: Path, resume: str) -> int:
     """The step to begin at: 0, or that of the checkpoint to continue from. Changes nothing.
 
     resume: '' (a new run), 'must' (there must be a checkpoint), 'auto' (continue if there is one).
-    Raises UsageError if the folder holds another configuration, another run, or no checkpoint that is due.
+    Raises UsageError if the folder is in use, or holds another configuration, another run, or no checkpoint that is due.
     """
+    _refuse_used(folder)
     saved = saved_config(folder)
     if saved is not None:
         _refuse_other(saved, config, folder)
     if saved is not None and not resume:
         raise UsageError(f"{folder} already holds this run: --resume to continue it, or another --run.dir")
-    if saved is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if saved is None and folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {LOCK}):
         raise UsageError(f"{folder} exists, is not empty and holds no run: give another --run.dir")
-    newest_state = checkpoint.load_newest(folder, fall_back=resume == "auto") if resume else None
-    if resume == "must" and newest_state is None:
+    step = checkpoint.newest(folder, fall_back=resume == "auto") if resume else None
+    if resume == "must" and step is None:
         raise UsageError(f"--resume: no checkpoint in {folder}; leave out --resume to start, or use --resume auto")
-    return newest_state[0] if newest_state else 0
+    return step or 0
 
 
-def claim(config: Config, folder: Path) -> None:
-    """Make the folder and write config.json into it. Raises UsageError if it cannot be written."""
+def claim(config: Config, folder: Path, new: bool) -> IO[str]:
+    """Make the folder, lock it and write config.json into it. The folder is ours until the returned file is closed.
+
+    new: the name was chosen for being free, so it must still be. Raises UsageError if the folder cannot be had.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=not new)
+        lock = _lock(folder)
+        checkpoint.sweep(folder)
         partial = folder / ".config.json.partial"
         partial.write_text(to_json(replace(config, {"run.dir": str(folder)})))
         partial.rename(folder / "config.json")
+        return lock
+    except FileExistsError:
+        raise UsageError(f"{folder} was taken by another run just now; start again, or give a --run.dir") from None
     except OSError as error:
         raise UsageError(
             f"cannot write to --run.dir {folder}: {error.strerror}; choose a folder that can be written"
         ) from None
+
+
+# ---- the lock -------------------------------------------------------------------------------------
+# A POSIX record lock: gone with its process however that ends, not inherited by children, honoured on NFS.
+
+
+def job() -> str:
+    """What torchrun calls this job: the same on all its processes and over restarts; '' outside torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
+def _lock(folder: Path) -> IO[str]:
+    file = (folder / LOCK).open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(folder) from None
+    except OSError as error:  # a file system without locks: better to train without one than not at all
+        print(f"warning: {folder} cannot be locked ({error.strerror}); see that no other run uses it", flush=True)
+    file.truncate(0)
+    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "job": job()}, file)
+    file.flush()
+    return file
+
+
+def _refuse_used(folder: Path) -> None:
+    try:
+        with (folder / LOCK).open("r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(folder) from None
+    except OSError:  # no lock there, or a folder that cannot be written: `claim` will say so
+        return
+
+
+def _in_use(folder: Path) -> UsageError:
+    holder = _holder(folder)
+    who = f"process {holder['pid']} on {holder['host']}" if "pid" in holder else "another process"
+    return UsageError(f"{folder} is in use by {who}: wait for it, stop it, or give another --run.dir")
+
+
+def _holder(folder: Path) -> dict:
+    try:
+        return json.loads((folder / LOCK).read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _refuse_other(saved: Config, config: Config, folder: Path) -> None:
@@ -72,5 +134,8 @@ def _refuse_other(saved: Config, config: Config, folder: Path) -> None:
         name = changed[0]
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UsageError(
-            f"{folder} holds another configuration: {name} is {old[name]!r} there and {new[name]!r} here{more}; give another --run.dir"
+            f"{folder} holds another configuration: {name} is {old[name]!r} there and {new[name]!r} here{more}; "
+            "only "
+            + ", ".join(m if "." in m.rstrip(".") else f"{m}*" for m in MAY_CHANGE)
+            + " may change; give another --run.dir"
         )

@@ -5,66 +5,95 @@ shards -> masks -> encoders -> predictor -> loss -> optimizer -> fused EMA -> mo
 
 import sys
 
-from jepa_fast import cli, optim, parallel, schedules
-from jepa_fast.config import to_json
+import torch
+
+from jepa_fast import cli, optim, parallel, schedules, survive
 from jepa_fast.errors import one_line_errors
 from jepa_fast.perturb import perturb
-from jepa_fast.run import Run, close, save, set_up, show
+from jepa_fast.profiling import profiled
+from jepa_fast.run import Part, Run, close, joined, save, set_up, show, stop_here, watched
 
 
 def train(run: Run) -> None:
     """The paper's algorithm. At the top of the loop `step` updates have been made; the last pass only measures."""
-    config, world = run.config, run.world
-    for batch in run.loader:
+    config, world, clock = run.config, run.world, run.clock
+    for batch in profiled(run.loader, config.profile, run.folder, world):
         step, last = batch.step, batch.step == run.steps
-        inputs, masks = batch.inputs.to(world.device, non_blocking=True), batch.plan.to(world.device)
+        clock.begin(step, batch.wait)
 
         # Look at both encoders on the fixed probe set, now and then, before they move.
-        run.monitor.examine(last)
+        with clock.phase("examine"):
+            run.monitor.examine(last)
 
-        # Forward: target encoder on everything, context encoder on the visible tokens, predictor, loss.
-        with parallel.precision(config, world):
-            output = run.model(inputs, masks)
+        # Forward, micro batch by micro batch: target encoder on everything, context encoder on the visible tokens,
+        # predictor, loss. Backward: gradients add up to those of the mean over the global batch.
+        loss, seen = torch.zeros((), device=world.device), list[Part]()
+        for i, (inputs, masks, share) in enumerate(batch.parts(world.device), start=1):
+            with parallel.accumulating(run.model, more=i < len(batch.plans)):
+                with clock.phase("forward"), parallel.precision(config, world):
+                    output = run.model(inputs, masks)
+                if not last:
+                    with clock.phase("backward"):
+                        (output.loss * share).backward()
+            loss += output.loss.detach() * share
+            clock.count(output.context.shape[0] + output.target.shape[0] * output.target.shape[1])
+            if run.records(step) or not seen:
+                seen.append((output, masks, share))
 
         # Record what holds at these weights; the only host synchronisation, on log steps.
+        output, masks = joined(seen)
         record = run.monitor.observe(
-            output.loss, output.context, output.target, masks.context_rows, masks.target_rows,
-            hidden_weight=masks.target_weight, step=step, wait=batch.wait, last=last,
+            loss, output.context, output.target, masks.context_rows, masks.target_rows,
+            hidden_weight=masks.target_weight, step=step, wait=batch.wait, last=last, more=clock.report,
+            num_inputs=len(batch.inputs),
         )  # fmt: skip
         if record:
             show(run, record)
         if last:
             break
 
-        # Backward, optimizer: a step with a non-finite value changes nothing.
-        output.loss.backward()
+        # Optimizer: a step with a non-finite value on any process changes nothing. Before that the checkpoint of the
+        # weights as they were has been copied.
+        run.writer.staged()
         lr = schedules.learning_rate(config.optim, step, run.steps, run.warmup)
         optim.set_rates(run.optimizer, lr, schedules.weight_decay(config.optim, step, run.steps))
-        finite = optim.step_if_finite(run.optimizer, output.loss, config.optim.clip)
+        with clock.phase("optimizer"):
+            finite = optim.step_if_finite(run.optimizer, loss, config.optim.clip)
         perturb(run.jepa.context_encoder, config.perturb, config.train.seed, step)
 
         # Target encoder: EMA, and its distance from the context encoder, in one pass.
         decay = schedules.ema_decay(config.ema, step, run.steps)
-        run.ema.update(decay, gate=finite)
+        with clock.phase("ema"):
+            run.ema.update(decay, gate=finite)
         run.monitor.updated(decay, finite)
 
-        if (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0) or step + 1 == run.steps:
+        # Between two steps: all processes hear of a signal at the same one.
+        signal = run.stop.asked()
+        if signal or run.saves(step + 1):
             save(run, step + 1)
+        if signal:
+            stop_here(run, signal, step + 1)
+        if step == run.start:
+            parallel.shorten_timeouts(config)
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     command = cli.parse(sys.argv[1:] if argv is None else argv)
     if command.action != "train":
-        print(
-            {"help": cli.USAGE, "list": cli.listing(), "print-config": to_json(command.config).rstrip()}[command.action]
-        )
+        print(cli.answer(command))
         return 0
     world = parallel.join(command.config)
     try:
-        run = set_up(command.config, command.resume, world)
-        train(run)
-        close(run)
+        with survive.Preemption(world) as stop:
+            run = set_up(command.config, command.resume, world, stop)
+            with watched(run):
+                train(run)
+            close(run)
+    except survive.Preempted as stopped:
+        if world.is_main:
+            print(f"\n{stopped}", flush=True)
+        return survive.PREEMPTED
     finally:
         parallel.leave()
     return 0

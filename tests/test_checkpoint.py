@@ -1,4 +1,10 @@
-"""Checkpoints are whole or not there; a damaged one is named."""
+"""Checkpoints are whole or not there; a damaged one is named; nothing in one is executed."""
+
+import errno
+import os
+import pickle
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,69 +13,143 @@ from jepa_fast import checkpoint
 from jepa_fast.errors import UsageError
 
 
-def _state(step):
-    return {"step": step, "model": {"w": torch.arange(5) * step}, "optimizer": {"state": {0: {"m": torch.ones(2)}}}}
+@pytest.fixture
+def writer(tmp_path):
+    made = checkpoint.Writer(tmp_path, keep=2)
+    yield made
+    made.close()
 
 
-def _damage(folder, step):
-    file = folder / "checkpoints" / f"step-{step}" / "state.pt"
+def _tensors(step):
+    return {"model.w": torch.arange(5.0) * step, "optimizer.w.exp_avg": torch.ones(5)}
+
+
+def _write(writer, *steps):
+    for step in steps:
+        writer.save(step, _tensors(step), {"step": step, "note": "text"})
+    writer.finish()
+
+
+def _damage(folder, step, name):
+    file = folder / "checkpoints" / f"step-{step}" / name
     blob = bytearray(file.read_bytes())
     blob[len(blob) // 2] ^= 0xFF
     file.write_bytes(blob)
 
 
-def test_what_is_saved_comes_back_and_only_the_newest_are_kept(tmp_path):
-    for step in (10, 20, 100):
-        checkpoint.save(tmp_path, step, _state(step), keep=2)
+def test_what_is_saved_comes_back_and_only_the_newest_are_kept(writer, tmp_path):
+    _write(writer, 10, 20, 100)
     assert checkpoint.found(tmp_path) == [20, 100]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-100\n"
     step, state = checkpoint.load_newest(tmp_path, fall_back=False)
-    assert step == 100 and torch.equal(state["model"]["w"], torch.arange(5) * 100)
+    assert step == state["step"] == 100 and state["note"] == "text"
+    assert state["model"].keys() == {"w"} and torch.equal(state["model"]["w"], torch.arange(5.0) * 100)
+    into = {name: torch.zeros_like(value) for name, value in _tensors(1).items()}
+    checkpoint.restore(tmp_path / "checkpoints" / "step-20", into, None, "it")
+    assert torch.equal(into["model.w"], torch.arange(5.0) * 20) and into["optimizer.w.exp_avg"].sum() == 5
 
 
-def test_a_half_written_checkpoint_is_not_seen(tmp_path):
-    checkpoint.save(tmp_path, 10, _state(10), keep=0)
-    (tmp_path / "checkpoints" / ".step-20.partial").mkdir()
-    (tmp_path / "checkpoints" / ".step-20.partial" / "state.pt").write_bytes(b"half")
+def test_tensors_may_change_once_they_are_staged(writer, tmp_path):
+    """As optimizer and EMA do, while the files are still being written."""
+    tensors = {"model.w": torch.zeros(300_000)}
+    for step in (1, 2, 3):
+        writer.save(step, tensors, {})
+        writer.staged()
+        tensors["model.w"] += 1
+    writer.finish()
+    assert checkpoint.load(tmp_path / "checkpoints" / "step-3")["model"]["w"].unique().tolist() == [2.0]
+
+
+def test_a_half_written_checkpoint_is_not_seen_and_is_swept_away(writer, tmp_path):
+    _write(writer, 10)
+    partial = tmp_path / "checkpoints" / ".step-20.partial"
+    partial.mkdir()
+    (partial / "state.pt").write_bytes(b"half")
     (tmp_path / "checkpoints" / "step-30").mkdir()
     assert checkpoint.found(tmp_path) == [10]
+    checkpoint.sweep(tmp_path)
+    assert not partial.exists() and checkpoint.found(tmp_path) == [10]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_good_one_offered(tmp_path, capsys):
-    for step in (10, 20):
-        checkpoint.save(tmp_path, step, _state(step), keep=0)
-    _damage(tmp_path, 20)
-    with pytest.raises(UsageError, match=r"step-20 is damaged.*step-10 is good: --resume auto"):
-        checkpoint.load_newest(tmp_path, fall_back=False)
-    assert checkpoint.load_newest(tmp_path, fall_back=True)[0] == 10
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.pt"])
+def test_a_damaged_checkpoint_is_named_and_the_good_one_offered(writer, tmp_path, capsys, name):
+    _write(writer, 10, 20)
+    _damage(tmp_path, 20, name)
+    with pytest.raises(UsageError, match=rf"step-20 is damaged .*{name} is not.*step-10 is good: --resume auto"):
+        checkpoint.newest(tmp_path, fall_back=False)
+    assert checkpoint.newest(tmp_path, fall_back=True) == 10
     assert "continuing from step-10" in capsys.readouterr().out
-    _damage(tmp_path, 10)
+    (tmp_path / "checkpoints" / "step-10" / name).unlink()
     with pytest.raises(UsageError, match="no good checkpoint is left"):
-        checkpoint.load_newest(tmp_path, fall_back=True)
+        checkpoint.newest(tmp_path, fall_back=True)
 
 
-def test_weights_with_code_in_them_are_refused(tmp_path):
-    checkpoint.save(tmp_path, 1, {"model": {"w": torch.ones(1)}, "evil": print}, keep=0)
-    with pytest.raises(UsageError, match="damaged"):
-        checkpoint.load(tmp_path / "checkpoints" / "step-1")
+class _Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
 
 
-def test_init_weights_come_from_a_run_or_a_checkpoint(tmp_path):
-    checkpoint.save(tmp_path, 3, _state(3), keep=0)
+def test_code_in_a_checkpoint_is_refused_and_not_executed(writer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _write(writer, 1)
+    held = tmp_path / "checkpoints" / "step-1"
+    for name in (".metadata", "state.pt"):
+        before = (held / name).read_bytes()
+        with (held / name).open("wb") as file:
+            pickle.dump(_Evil(), file) if name == ".metadata" else torch.save({"x": _Evil()}, file)
+        monkeypatch.setattr(checkpoint, "verify", lambda path: None)  # whoever forges a file forges its digest
+        with pytest.raises(UsageError, match="damaged"):
+            checkpoint.load(held)
+        (held / name).write_bytes(before)
+    assert not Path("executed").exists()
+
+
+def test_another_architecture_is_named_by_its_first_difference(writer, tmp_path):
+    _write(writer, 1)
+    held = tmp_path / "checkpoints" / "step-1"
+    own = _tensors(1)
+    with pytest.raises(UsageError, match=r"it is another architecture: w is \[5\] there and \[4\] here"):
+        checkpoint.restore(held, own | {"model.w": torch.zeros(4)}, None, "it")
+    with pytest.raises(UsageError, match="it has no v"):
+        checkpoint.restore(held, own | {"model.v": torch.zeros(4)}, None, "it")
+
+
+def test_init_weights_come_from_a_run_or_a_checkpoint(writer, tmp_path):
+    _write(writer, 3)
     for path in (tmp_path, tmp_path / "checkpoints" / "step-3"):
-        assert torch.equal(checkpoint.weights_at(str(path))["w"], torch.arange(5) * 3)
+        assert torch.equal(checkpoint.weights_at(str(path))["w"], torch.arange(5.0) * 3)
     with pytest.raises(UsageError, match="no checkpoint there"):
         checkpoint.weights_at(str(tmp_path / "nothing"))
 
 
-def test_saving_where_nothing_can_be_written_keeps_the_old_one(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, 1, _state(1), keep=1)
+@pytest.mark.parametrize("where", ["tensors", "state"])
+def test_a_disk_that_fills_up_keeps_the_old_checkpoint_and_leaves_no_half_one(writer, tmp_path, where):
+    """A real short write: the limit on file sizes of this process."""
+    _write(writer, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(
+            UsageError,
+            match=r"cannot write checkpoint .*step-2: .*(disk full|File too large).*; earlier checkpoints are intact",
+        ):
+            large = {"x": torch.zeros(100_000)}
+            writer.save(2, _tensors(2) | (large if where == "tensors" else {}), large if where == "state" else {})
+            writer.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.found(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob(".*partial"))
+    _write(writer, 3)  # and when there is room again it goes on
+    assert checkpoint.found(tmp_path) == [1, 3]
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UsageError, match=r"step-2: No space left on device; earlier checkpoints are intact"):
-        checkpoint.save(tmp_path, 2, _state(2), keep=1)
+def test_a_read_only_disk_is_one_clear_error(writer, tmp_path, monkeypatch):
+    _write(writer, 1)
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched, pytest.raises(UsageError, match="step-2: Read-only file system; earlier"):
+        patched.setattr(Path, "mkdir", refuse)
+        writer.save(2, _tensors(2), {})
     assert checkpoint.found(tmp_path) == [1]
-    assert not list((tmp_path / "checkpoints").glob(".*partial"))

@@ -50,8 +50,8 @@ def batches(start=0, stop=12, rank=0, size=1, source=None, **changes):
 def test_a_resumed_loader_gives_the_batches_it_would_have_given():
     for a, b in zip(batches()[5:], batches(start=5), strict=True):
         assert a.step == b.step and torch.equal(a.inputs, b.inputs)
-        for field in dataclasses.fields(a.plan):
-            x, y = getattr(a.plan, field.name), getattr(b.plan, field.name)
+        for field in dataclasses.fields(a.plans[0]):
+            x, y = getattr(a.plans[0], field.name), getattr(b.plans[0], field.name)
             assert x == y if isinstance(x, int) else torch.equal(x, y)
 
 
@@ -60,7 +60,7 @@ def test_processes_share_out_one_global_batch(size):
     parts = [batches(rank=rank, size=size) for rank in range(size)]
     for whole, shares in zip(batches(), zip(*parts, strict=True), strict=True):
         assert torch.equal(whole.inputs, torch.cat([s.inputs for s in shares]))
-        assert torch.equal(whole.plan.target_index, torch.cat([s.plan.target_index for s in shares]))
+        assert torch.equal(whole.plans[0].target_index, torch.cat([s.plans[0].target_index for s in shares]))
 
 
 @pytest.mark.parametrize("workers", [1, 3, 16])
@@ -125,4 +125,4 @@ def test_the_demo_trains_on_its_shards():
     loader.close()
     assert first.inputs.shape == (32, 1, 500) and first.inputs.dtype == torch.float32
     np.testing.assert_array_equal(first.inputs[4], data.train.load(int(first.samples[4]), None))
-    assert len(first.plan.context_index) == 32 * 3 and len(first.plan.target_index) == 32 * 7
+    assert len(first.plans[0].context_index) == 32 * 3 and len(first.plans[0].target_index) == 32 * 7

@@ -35,10 +35,19 @@ class HostBatch:
 
     step: int
     inputs: Tensor  # uint8 [b, C, H, W] or float32 [b, C, L]
-    plan: MaskPlan
+    plans: list[MaskPlan]  # of its micro batches, in order
     epochs: np.ndarray  # int64 [b]
     samples: np.ndarray  # int64 [b], after bad ones were replaced
     wait: float = field(default=0.0)  # seconds the loop waited for it
+
+    def parts(self, device: torch.device) -> Iterator[tuple[Tensor, MaskPlan, float]]:
+        """(inputs, masks, share of this batch) of each micro batch, on `device`."""
+        done = 0
+        for plan in self.plans:
+            count = plan.context_cu.numel() - 1
+            inputs = self.inputs[done : done + count].to(device, non_blocking=True)
+            yield inputs, plan.to(device), count / len(self.inputs)
+            done += count
 
 
 class Loader:
@@ -52,6 +61,7 @@ class Loader:
         self.config, self.source, self.seed = config, source, seed
         share = config.train.batch_size // world_size
         self.rows = slice(rank * share, (rank + 1) * share)
+        self.micro = config.parallel.micro_batch or share
         self.steps = range(start, stop)
         self.order = Order(len(source), config.train.batch_size, seed)
         self.bad: list[tuple[str, str]] = []  # (where, why), each sample once
@@ -112,7 +122,10 @@ class Loader:
             self.rows.start,
             self.rows.stop,
         )
-        plan = packing.plan(masks, config.num_tokens)
+        plans = [
+            packing.plan(masks.rows(i, min(i + self.micro, len(masks.context_lengths))), config.num_tokens)
+            for i in range(0, len(masks.context_lengths), self.micro)
+        ]
         epochs, samples = epochs[self.rows], samples[self.rows]
         shares = np.array_split(np.arange(len(samples)), config.data.workers)
         loaded = [
@@ -124,8 +137,8 @@ class Loader:
         self._count_bad()
         inputs = torch.from_numpy(np.stack([values for values, _ in loaded]))
         if self._pin:
-            inputs, plan = inputs.pin_memory(), plan.pin()
-        return HostBatch(step, inputs, plan, epochs, np.array([index for _, index in loaded]))
+            inputs, plans = inputs.pin_memory(), [plan.pin() for plan in plans]
+        return HostBatch(step, inputs, plans, epochs, np.array([index for _, index in loaded]))
 
     def _load(self, epoch: int, sample: int) -> tuple[np.ndarray, int]:
         """The sample, or the next that can be read; and which it was."""

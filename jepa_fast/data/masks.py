@@ -49,6 +49,13 @@ class MaskBatch:
     target_lengths: np.ndarray  # [B], tokens of one target block; an image's num_targets blocks have equal size
     num_targets: int
 
+    def rows(self, start: int, stop: int) -> "MaskBatch":
+        """The masks of images [start, stop)."""
+        mine = slice(start, stop)
+        context = _rows(self.context, self.context_lengths, mine)
+        targets = _rows(self.targets, self.target_lengths * self.num_targets, mine)
+        return MaskBatch(context, self.context_lengths[mine], targets, self.target_lengths[mine], self.num_targets)
+
 
 def sample_masks(
     config: Masks, grid: tuple[int, ...], seed: int, step: int, epochs: np.ndarray, samples: np.ndarray,
@@ -75,10 +82,7 @@ def sample_masks(
     num_targets = 1 if config.mode in BLOCKLESS else config.num_targets
     if config.mode in CUT:
         context, lengths = _cut(context, lengths, groups)
-    mine = slice(start - first, stop - first)
-    context = _rows(context, lengths, mine)
-    targets = _rows(targets, target_lengths * num_targets, mine)
-    return MaskBatch(context, lengths[mine], targets, target_lengths[mine], num_targets)
+    return MaskBatch(context, lengths, targets, target_lengths, num_targets).rows(start - first, stop - first)
 
 
 def _group_sizes(config: Masks, grid: tuple[int, ...], seed: int, step: int, groups: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from jepa_fast.monitor import bound, discrepancy, phase
 from jepa_fast.monitor.drift import Drift, Identity, Weights
 from jepa_fast.monitor.examination import Examination
 from jepa_fast.monitor.interval import Interval
+from jepa_fast.monitor.spikes import loss_spike
 from jepa_fast.monitor.tokens import Tokens, as_tokens, rows_of
 
 Record = dict[str, Any]
@@ -88,6 +89,7 @@ class CollapseMonitor:
         wait: float = 0.0,
         last: bool = False,
         more: Callable[[], dict[str, float]] | None = None,
+        num_inputs: int | None = None,
     ) -> Record | None:
         """One step, after its forward and before the optimizer's step. Returns the record if this step wrote one.
 
@@ -97,13 +99,14 @@ class CollapseMonitor:
         a bool mask [B, N], or rows [T] of the flattened [B * N]. None: target is of the same tokens as context.
         hidden: likewise the tokens that the loss is taken at, `hidden_weight` [T] their weights in it (None: equal).
         step: optimizer steps made so far; None counts calls. wait: seconds this step waited for data.
-        last: write a record (and examine) whatever the period. more: asked on the steps of a record for what else
-        belongs into it.
+        last: write a record (and examine) whatever the period. more: asked on the steps of a record, on all processes,
+        for what else belongs into it. num_inputs: of this step, if features are of a part.
         """
         self.step = self.step if step is None else step
         loss = torch.as_tensor(loss).detach().float()
         inputs = target if target is not None else context
-        self.interval.add(loss, len(inputs) if inputs is not None else 0, wait)
+        held = len(inputs) if inputs is not None else 0
+        self.interval.add(loss, held if num_inputs is None else num_inputs, wait)
         record = None
         if last or self.step % self.every == 0 or self._examines(last):
             examined = self.examine(last)
@@ -177,6 +180,7 @@ class CollapseMonitor:
     def _write(self, signals: dict[str, Tensor], examined: dict[str, float], seldom: bool) -> Record:
         """One line of metrics.jsonl and the events it calls. The only synchronisation."""
         values = parallel.average(self.interval.sums() | signals, self.world)
+        highest = values.pop("highest")
         bad, self.bad_in_a_row = round(values.pop("bad")), round(values.pop("bad_in_a_row"))
         drift = self._drift(examined, seldom)
         identity = (
@@ -186,7 +190,10 @@ class CollapseMonitor:
         self.interval.begin()
         self._num_records += 1
         if self.log:
+            spike = loss_spike(self.log.records, highest)
             self.log.record(record)
+            if spike:
+                self.log.event("loss_spike", self.step, **spike)
             if bad:
                 self.log.event("skipped_step", self.step, count=bad)
             self._check_theory(record)

@@ -5,12 +5,12 @@ import time
 import torch
 from torch import Tensor
 
-SUMS = ("loss", "num_finite", "num_bad", "bad_in_a_row")
+SUMS = ("loss", "highest", "num_finite", "num_bad", "bad_in_a_row")
 
 
 class Interval:
     def __init__(self) -> None:
-        self.loss, self.num_finite, self.num_bad, self.bad_in_a_row = torch.zeros(4).unbind()
+        self.loss, self.highest, self.num_finite, self.num_bad, self.bad_in_a_row = torch.zeros(5).unbind()
         self._clear_clock()
 
     def _clear_clock(self) -> None:
@@ -23,6 +23,7 @@ class Interval:
             self.load_state_dict({name: value.to(loss.device) for name, value in self.state_dict().items()})
         finite = torch.isfinite(loss)
         self.loss = self.loss + torch.where(finite, loss, 0.0)
+        self.highest = torch.maximum(self.highest, torch.where(finite, loss, 0.0))
         self.num_finite = self.num_finite + finite
         self.num_steps, self.num_inputs, self.wait = self.num_steps + 1, self.num_inputs + num_inputs, self.wait + wait
 
@@ -33,7 +34,8 @@ class Interval:
         self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
 
     def sums(self) -> dict[str, Tensor]:
-        return {"loss": self.loss / self.num_finite, "bad": self.num_bad, "bad_in_a_row": self.bad_in_a_row}
+        sums = {"loss": self.loss / self.num_finite, "highest": self.highest}
+        return sums | {"bad": self.num_bad, "bad_in_a_row": self.bad_in_a_row}
 
     def times(self, world_size: int) -> dict[str, float]:
         """Rates of the interval, the examinations in it left out."""
@@ -48,7 +50,7 @@ class Interval:
 
     def begin(self) -> None:
         """A new interval; only the run of bad steps goes on."""
-        self.loss, self.num_finite, self.num_bad = torch.zeros(3, device=self.loss.device).unbind()
+        self.loss, self.highest, self.num_finite, self.num_bad = torch.zeros(4, device=self.loss.device).unbind()
         self._clear_clock()
 
     def state_dict(self) -> dict[str, Tensor]:

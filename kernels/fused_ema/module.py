@@ -127,6 +127,7 @@ class FusedEMA:
         return self._grouped(stats.source_sq, group_by)
 
     def _grouped(self, values: Tensor, group_by: str | Callable[[str], str] | None) -> dict[str, float]:
+        reshard(self._fsdp)  # parameters gathered by a forward without a backward look unsharded
         squares = sum_over_shards(values, [p.source.tensor for p in self._pairs])
         grouped: dict[str, float] = {}
         for name, square in zip(self.names, squares.tolist(), strict=True):

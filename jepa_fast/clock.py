@@ -1,0 +1,120 @@
+"""Where the time of a step goes. On CUDA by events on the stream, read when a record is written; else by the host's clock."""
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from jepa_fast import parallel
+from jepa_fast.parallel import World
+
+PHASES = ("target", "context", "backward", "optimizer", "ema")
+
+
+class Clock:
+    """Seconds by phase since the last report; and which step and phase this process is in, for the watchdog."""
+
+    def __init__(self, world: World):
+        self.world, self.cuda = world, world.device.type == "cuda"
+        self.step, self.phase_now, self.began = 0, "set-up", time.monotonic()
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, Any, Any]] = []
+        self._graphs: int | None = None
+        self._since, self._num_steps, self._num_tokens = time.monotonic(), 0, 0
+
+    def begin(self, step: int, waited: float = 0.0) -> None:
+        """A step starts; its data were waited for so long, in seconds."""
+        self.step, self.phase_now, self.began = step, "step", time.monotonic()
+        self._num_steps += 1
+        self._seconds["data_wait"] += waited
+
+    def count(self, num_tokens: int) -> None:
+        """So many tokens went through the encoders."""
+        self._num_tokens += num_tokens
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        outer, self.phase_now = self.phase_now, name
+        began = self._now()
+        try:
+            yield
+        finally:
+            self._add(name, began)
+            self.phase_now = outer
+
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call`, as a phase of that name where it is part of a training step's forward."""
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            if self.phase_now != "forward":
+                return call(*args, **kwargs)
+            with self.phase(name):
+                return call(*args, **kwargs)
+
+        return measured
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _add(self, name: str, began: Any) -> None:
+        if self.cuda:
+            self._events.append((name, began, self._now()))
+        else:
+            self._seconds[name] += time.perf_counter() - began
+
+    def report(self) -> dict[str, float]:
+        """Keys of metrics.jsonl: seconds a step by phase (means over processes), tokens a second, memory, recompiles.
+
+        All processes call it. Synchronises.
+        """
+        steps, own = max(1, self._num_steps), self._read()
+        ranks = parallel.gather(own, self.world)
+        alone = [r["data_wait"] + r["target"] + r["context"] for r in ranks]  # before a process first waits for another
+        took = max(1e-9, time.monotonic() - self._since - own["examine"])
+        record = {f"time/{name}": sum(r[name] for r in ranks) / len(ranks) / steps for name in PHASES}
+        record["time/other"] = max(0.0, took - sum(own[name] for name in ("data_wait", *PHASES))) / steps
+        record["time/skew"] = (max(alone) - sum(alone) / len(alone)) / steps
+        record["tokens_per_s"] = self._num_tokens * self.world.size / took
+        self._since, self._num_steps, self._num_tokens = time.monotonic(), 0, 0
+        return record | self._health()
+
+    def _read(self) -> dict[str, float]:
+        """Seconds in all by phase; `context` is the forward without the target encoder."""
+        if self._events:
+            torch.cuda.synchronize()
+            for name, began, ended in self._events:
+                self._seconds[name] += began.elapsed_time(ended) / 1e3
+            self._events.clear()
+        seconds, self._seconds = self._seconds, defaultdict(float)
+        seconds["context"] = seconds["forward"] - seconds["target"]
+        return {name: seconds[name] for name in ("data_wait", "examine", *PHASES)}
+
+    def _health(self) -> dict[str, float]:
+        """Peak memory of this process so far, allocator retries, and graphs compiled after the first call."""
+        values: dict[str, float] = {"memory/peak_gb": _peak_bytes(self.cuda) / 1e9}
+        if self.cuda:
+            values["memory/retries"] = torch.cuda.memory_stats().get("num_alloc_retries", 0)
+        graphs = _num_graphs()
+        self._graphs = graphs if self._graphs is None else self._graphs
+        return values | {"recompiles": graphs - self._graphs}
+
+
+def _peak_bytes(cuda: bool) -> float:
+    if cuda:
+        return float(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _num_graphs() -> int:
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it costs seconds, and who does not compile has not
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0

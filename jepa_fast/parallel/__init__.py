@@ -1,0 +1,25 @@
+"""How many devices there are, and what follows. Only these files know.
+
+`world` joins the processes and lets them agree on values; `memory` works out what fits and chooses the mode; `wrap`
+builds the model and cuts it up.
+"""
+
+from jepa_fast.parallel.memory import Choice, choose, dry_run
+from jepa_fast.parallel.world import (
+    World,
+    average,
+    barrier,
+    gather,
+    here,
+    join,
+    lead,
+    leave,
+    same_everywhere,
+    shorten_timeouts,
+)
+from jepa_fast.parallel.wrap import accumulating, build, distribute, full, precision, roots, settle
+
+__all__ = [
+    "Choice", "World", "accumulating", "average", "barrier", "build", "choose", "distribute", "dry_run", "full", "gather", "here",
+    "join", "lead", "leave", "precision", "roots", "same_everywhere", "settle", "shorten_timeouts",
+]  # fmt: skip

@@ -1,0 +1,288 @@
+"""A run that is stopped, killed or left alone loses nothing, and says what happened."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_parallel import TINY, agree, metrics
+from together import CONTEXT, free_port, together
+
+from jepa_fast import checkpoint, cli, report, run, rundir, survive, train
+from jepa_fast.clock import Clock
+from jepa_fast.config import Config
+from jepa_fast.errors import UsageError
+from jepa_fast.log import read
+from jepa_fast.monitor.spikes import loss_spike
+from jepa_fast.parallel import World
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(report, "write", lambda folder: folder)
+    return tmp_path
+
+
+def go(*args):
+    return train.main([*TINY, *args])
+
+
+def signalled_at(step, number, monkeypatch):
+    """The process gets a signal while it is in that step."""
+    real = Clock.begin
+
+    def begin(self, now, waited):
+        real(self, now, waited)
+        if now == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Clock, "begin", begin)
+
+
+# ---- signals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_at_the_step_boundary_and_the_run_goes_on_as_if_nothing_had_happened(
+    number, monkeypatch, capsys
+):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patched:
+        signalled_at(3, number, patched)
+        assert go("--run.dir", "x") == survive.PREEMPTED == 75
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    assert said.startswith(
+        f"stopped by {signal.Signals(number).name} after step 4, checkpoint x/checkpoints/step-4 is written"
+    )
+    assert said.endswith("python -m jepa_fast.train --resume --run.dir x")
+    assert checkpoint.found(Path("x"))[-1] == 4 and signal.getsignal(number) is before
+    if number == signal.SIGTERM:
+        assert train.main(["--resume", "--run.dir", "x"]) == 0  # exactly as it said
+        go("--run.dir", "whole")
+        assert metrics("x") == metrics("whole")
+        events = [e["kind"] for e in read(Path("x/events.jsonl"))]
+        assert events.count("preempted") == events.count("resume") == 1
+
+
+def stopped_and_resumed(rank, cases):
+    """Train case after case in this process; a case is (arguments, step at which rank 1 is signalled or None, status)."""
+    report.write = lambda folder: folder
+    real, port, returned = Clock.begin, int(os.environ["MASTER_PORT"]), []
+    for i, (argv, step) in enumerate(cases):
+        os.environ["MASTER_PORT"] = str(port + i)
+
+        def begin(self, now, waited, step=step):
+            real(self, now, waited)
+            if now == step and rank == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        Clock.begin = begin
+        returned.append(train.main([*TINY, *argv]))
+    return returned
+
+
+@pytest.mark.dist
+def test_two_processes_hear_a_signal_together_and_one_goes_on_then_two():
+    """4 -> 2 -> 1 -> 2 is the slow test; every sample once is what equal losses of equal data mean."""
+    go("--run.dir", "whole")
+    fsdp = ["--run.dir", "x", "--parallel.mode", "fsdp"]
+    assert together(2, stopped_and_resumed, [(fsdp, 1)]) == [[75], [75]]
+    stopped = checkpoint.found(Path("x"))[-1]
+    assert stopped in (2, 3)  # agreed on during the next step
+    assert go("--resume", "--run.dir", "x", "--parallel.mode", "single", "--train.steps", "5") == 0
+    assert together(2, stopped_and_resumed, [(["--resume", "--run.dir", "x", "--parallel.mode", "ddp"], None)]) == [
+        [0],
+        [0],
+    ]
+    agree("x", "whole")
+
+
+# ---- restarts, locks ------------------------------------------------------------------------------
+
+
+def test_a_restarted_worker_resumes_the_folder_of_its_own_job(monkeypatch, tmp_path):
+    for number, owner in ((1, "mine"), (2, "other")):
+        place = tmp_path / "runs" / f"demo-{number}"
+        place.mkdir(parents=True)
+        (place / rundir.LOCK).write_text(json.dumps({"pid": 1, "host": "here", "job": owner}))
+    assert rundir.newest("demo").name == "demo-2" and cli.parse(["demo"]).resume == ""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    assert rundir.newest("demo").name == "demo-1" and cli.parse(["demo"]).resume == "auto"
+
+
+def holds_a_lock(place, told):
+    lock = rundir.claim(Config(), Path(place), new=True)
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    told.put((os.getpid(), child))
+    time.sleep(60)
+    lock.close()
+
+
+def test_a_folder_in_use_is_refused_until_its_process_dies_whatever_children_it_leaves(capsys):
+    told = CONTEXT.Queue()
+    holder = CONTEXT.Process(target=holds_a_lock, args=(str(Path("x").absolute()), told))
+    holder.start()
+    pid, child = told.get(timeout=60)
+    try:
+        assert go("--run.dir", "x") == 2
+        assert f"x is in use by process {pid} on" in capsys.readouterr().err
+        holder.kill()
+        holder.join()
+        os.kill(child, 0)  # a worker of the killed run lives on
+        rundir._refuse_used(Path("x"))
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_a_warning(monkeypatch, capsys, tmp_path):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    rundir.claim(Config(), tmp_path / "x", new=True).close()
+    assert "cannot be locked" in capsys.readouterr().out
+
+
+def test_a_folder_that_another_run_took_meanwhile_is_refused(tmp_path):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UsageError, match="taken by another run just now"):
+        rundir.claim(Config(), tmp_path / "x", new=True)
+
+
+# ---- bad company ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "args", "says"), [
+    (3, [], "3 processes do not divide it; give 6 or 9"),
+    (2, ["--parallel.mode", "single"], "2 processes were started; use auto, ddp, fsdp or hsdp"),
+    (4, ["--parallel.mode", "hsdp", "--parallel.shards", "3"], "4 processes are not so many times 3"),
+    (2, [], "MASTER_ADDR is not set: start with torchrun"),
+])  # fmt: skip
+def test_a_job_that_cannot_be_is_refused(size, args, says, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert go(*args) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+
+
+def test_a_port_in_use_is_named(monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        assert go() == 2
+    assert f"port 127.0.0.1:{port} is in use" in capsys.readouterr().err
+
+
+def test_missing_nccl_is_named(monkeypatch, capsys):
+    for name, value in {"is_available": True, "device_count": 1}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda v=value: v)
+    monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
+    assert train.main(["demo", "--parallel.mode", "fsdp"]) == 2
+    assert "this torch has no NCCL" in capsys.readouterr().err
+
+
+def dies(rank, *args):
+    """Rank 1 dies in step 2 without a word; what rank 0 prints goes to a file."""
+    report.write = lambda folder: folder
+    real = Clock.begin
+
+    def begin(self, now, waited):
+        real(self, now, waited)
+        if now == 2 and rank == 1:
+            os._exit(9)
+
+    Clock.begin = begin
+    sys.stdout = open(f"said-{rank}", "w", buffering=1)  # noqa: SIM115
+    train.main([*TINY, *args])
+
+
+@pytest.mark.dist
+def test_a_process_that_dies_takes_the_job_down_with_a_clear_line():
+    began = time.monotonic()
+    statuses = together(2, dies, "--run.dir", "x", "--parallel.mode", "fsdp", statuses=True)
+    assert statuses == [1, 9] and time.monotonic() - began < 120
+    said = Path("said-0").read_text().strip().splitlines()[-1]
+    assert re.match(r"error: rank 0 of 2 lost contact with another process in \w+ of step 2 \(", said)
+    noted = read(Path("x/errors-rank0.jsonl"))
+    assert noted[0]["rank"] == 0 and noted[0]["step"] == 2 and noted[0]["traceback"]
+
+
+def test_the_watchdog_names_the_phase_once_a_silence(capsys):
+    world = World(0, 1, torch.device("cpu"))
+    clock = Clock(world)
+    clock.begin(7)
+    with clock.phase("backward"):
+        dog = survive.Watchdog(world, clock, 0.05)
+        time.sleep(0.5)
+        dog.close()
+    assert re.fullmatch(r"watchdog: rank 0 has been at step 7 for \d+ s, in backward\n", capsys.readouterr().err)
+
+
+# ---- steps that change nothing, steps that stand out ------------------------------------------------
+
+
+def test_a_loss_spike_is_an_event_with_its_level():
+    calm = [{"step": i, "loss": 1.0 + 0.01 * (-1) ** i} for i in range(30)]
+    assert loss_spike(calm, 1.02) is None and loss_spike(calm[:10], 9.0) is None
+    spike = loss_spike(calm, 3.0)
+    assert spike["level"] == pytest.approx(1.0, abs=0.02) and spike["sigmas"] > 8
+
+
+def test_a_spike_between_two_records_is_recorded(monkeypatch):
+    real, seen = run.JEPA.forward, {"steps": 0}
+
+    def forward(self, inputs, plan):
+        output = real(self, inputs, plan)
+        seen["steps"] += 1
+        return output._replace(loss=output.loss * 50) if seen["steps"] == 23 else output
+
+    monkeypatch.setattr(run.JEPA, "forward", forward)
+    assert go("--run.dir", "x", "--train.steps", "24", "--monitor.every", "50", "--optim.lr", "1e-6") == 0
+    spikes = [e for e in read(Path("x/events.jsonl")) if e["kind"] == "loss_spike"]
+    assert [e["step"] for e in spikes] == [22] and spikes[0]["loss"] > 10 * spikes[0]["level"]
+
+
+# ---- on request -----------------------------------------------------------------------------------
+
+
+def test_traces_and_tensorboard_are_written_on_request(capsys):
+    tensorboard = pytest.importorskip("tensorboard", reason="optional") if _has("tensorboard") else None
+    more = ["--log.tensorboard", "True"] if tensorboard else []
+    assert go("--run.dir", "x", "--train.steps", "9", "--profile.steps", "2", *more) == 0
+    assert "traceEvents" in json.loads(Path("x/profile/rank0.json").read_text())
+    assert "addmm" in Path("x/profile/kernels.txt").read_text()
+    assert bool(list(Path("x").glob("tensorboard/events*"))) == bool(tensorboard)
+
+
+def _has(name):
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None
+
+
+def test_tensorboard_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert go("--log.tensorboard", "True", "--run.dir", "x") == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
+
+
+def test_free_ports_are_free():
+    assert free_port() != free_port()
