@@ -25,14 +25,15 @@ class OneStep:
 
     def __init__(
         self, name: str, batch: int, device: torch.device, changes: dict | None = None,
-        wrap: Callable[[JEPA], nn.Module] | None = None,
+        wrap: Callable[[JEPA], nn.Module] | None = None, world: World | None = None,
     ):  # fmt: skip
-        """`wrap` shards or wraps the model for several processes in another way than parallel.distribute."""
+        """`wrap` shards or wraps the model in another way than --parallel.mode; `world` is that of several processes."""
         self.config: Config = replace(preset(name), {"train.batch_size": batch} | (changes or {}))
-        self.world, self.batch = World(0, 1, device), batch
+        self.world, self.batch = world or World(0, 1, device), batch
+        choice = parallel.choose(self.config, self.world)
         torch.manual_seed(0)
-        self.jepa = JEPA(self.config).to(device)
-        self.model = wrap(self.jepa) if wrap else parallel.distribute(self.jepa, self.world)
+        self.jepa = parallel.build(self.config, self.world, choice)
+        self.model = wrap(self.jepa) if wrap else parallel.distribute(self.jepa, self.world, choice)
         self.optimizer = optim.build(self.jepa, self.config.optim)
         self.ema = TargetEMA(self.jepa)
         self.decay = self.config.ema.decay

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -178,6 +179,7 @@ def _examination(config: Config, dataset: Dataset, jepa: JEPA, world: World, cho
     return Examination(
         jepa.context_encoder, jepa.target_encoder, inputs, probe_set=probe_set, views=FixedMasks(config),
         config=config.monitor, device=world.device, everywhere=choice.sharded,
+        around=partial(parallel.gathered, jepa, config),
     )  # fmt: skip
 
 

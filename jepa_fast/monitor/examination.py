@@ -4,6 +4,8 @@ In: the encoders as they are. Out: plain numbers, keys of docs/metrics.md. Deter
 """
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -47,11 +49,12 @@ class Examination:
         config: Monitor | None = None,
         device: torch.device | None = None,
         everywhere: bool = False,
+        around: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.encoders = {"context": context_encoder, "target": target_encoder}
         self.probe_set, self.views, self.config = probe_set, views, config or Monitor()
         self.device = device or next(context_encoder.parameters()).device
-        self.inputs, self.everywhere = inputs[:FULL_INPUTS], everywhere
+        self.inputs, self.everywhere, self.around = inputs[:FULL_INPUTS], everywhere, around
         self.untrained: dict[str, float] = {}  # probe of the encoder as initialised, the baseline of every curve
         self._jacobian = bound.Jacobian()
         self._pooled: dict[str, Tensor] = {}  # of this look, as the next
@@ -70,9 +73,12 @@ class Examination:
             "bound": c.bound_every or c.every,
         }
 
-    @torch.no_grad()
     def look(self, step: int = 0, everything: bool = True) -> dict[str, float]:
         """What is due at `step`, or everything. The encoders are put into evaluation mode for it, and back."""
+        with torch.no_grad(), self.around():
+            return self._look(step, everything)
+
+    def _look(self, step: int, everything: bool) -> dict[str, float]:
         measures = {"discrepancy": self._discrepancies, "probe": self._probes, "spectrum": self._spectra,
                     "lidar": self._lidar, "bound": self._bound}  # fmt: skip
         modes = {encoder: encoder.training for encoder in self.encoders.values()}

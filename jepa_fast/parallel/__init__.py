@@ -17,9 +17,9 @@ from jepa_fast.parallel.world import (
     same_everywhere,
     shorten_timeouts,
 )
-from jepa_fast.parallel.wrap import accumulating, build, distribute, full, precision, roots, settle
+from jepa_fast.parallel.wrap import accumulating, build, distribute, full, gathered, precision, roots, settle
 
 __all__ = [
-    "Choice", "World", "accumulating", "average", "barrier", "build", "choose", "distribute", "dry_run", "full", "gather", "here",
+    "Choice", "World", "accumulating", "average", "barrier", "build", "choose", "distribute", "dry_run", "full", "gather", "gathered", "here",
     "join", "lead", "leave", "precision", "roots", "same_everywhere", "settle", "shorten_timeouts",
 ]  # fmt: skip

@@ -4,8 +4,8 @@ In: a configuration and a mode. Out: a JEPA whose parameters are tensors (`singl
 with the same numbers in them on any number of processes.
 """
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -116,9 +116,32 @@ def roots(model: nn.Module) -> list[FSDPModule]:
 
 def settle(model: nn.Module) -> None:
     """Free all gathered weights, so that parameters are the shards, and the shards are what the next forward reads."""
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    for part in _sharded(model):
+        part.reshard()
+
+
+@contextmanager
+def gathered(jepa: JEPA, config: Config) -> Iterator[None]:
+    """Inside, both encoders hold whole weights, for whoever looks at them other than by a forward. All processes enter."""
+    for part in (jepa.context_encoder, jepa.target_encoder):
+        _reshard_after_forward(part, False)
+        for module in _sharded(part):
+            module.unshard()
+    try:
+        yield
+    finally:
+        for part in (jepa.context_encoder, jepa.target_encoder):
+            _reshard_after_forward(part, config.parallel.reshard_after_forward or part is jepa.target_encoder)
+        settle(jepa)
+
+
+def _reshard_after_forward(part: nn.Module, reshard: bool) -> None:
+    for module in _sharded(part):
+        module.set_reshard_after_forward(reshard, recurse=False)
+
+
+def _sharded(part: nn.Module) -> list[FSDPModule]:
+    return [module for module in part.modules() if isinstance(module, FSDPModule)]
 
 
 @torch.no_grad()
