@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -104,6 +105,25 @@ def test_two_processes_hear_a_signal_together_and_one_goes_on_then_two():
         [0],
     ]
     agree("x", "whole")
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (2, False)])
+def test_the_slurm_script_queues_again_what_was_stopped_and_nothing_else(status, requeued, tmp_path):
+    """With stand-ins for SLURM's commands; the one for srun runs the task and notes what it was asked to start."""
+    stubs = {
+        "srun": f'shift; exec env SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=4 SLURM_NTASKS_PER_NODE=2 STATUS={status} "$@"',
+        "scontrol": 'echo "scontrol $*" >> told; [ "$1" = show ] && echo first && echo second; true',
+        "python": 'echo "python $* RANK=$RANK LOCAL_RANK=$LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR" >> told; exit $STATUS',
+    }  # fmt: skip
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = Path(__file__).parent.parent / "docs" / "slurm.sbatch"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = subprocess.run(["bash", str(script), "demo", "--run.dir", "a b"], env=environment, timeout=30)
+    told = (tmp_path / "told").read_text()
+    assert "python -m jepa_fast.train demo --run.dir a b --resume auto RANK=3 LOCAL_RANK=1 4 2 first" in told
+    assert ("scontrol requeue 7" in told) is requeued and done.returncode == (0 if requeued else status)
 
 
 # ---- restarts, locks ------------------------------------------------------------------------------
