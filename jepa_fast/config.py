@@ -96,8 +96,12 @@ class Model:
     depth_scaled_init: bool = False
     """Divide attention-output and MLP-output weights by sqrt(2 * layer)."""
     norm_eps: float = 1e-6
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Residual stream under `--train.precision bf16`: half its traffic, and other numbers."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of every block, with static shapes from a ladder of buckets. auto: on CUDA."""
+    """torch.compile of every block, with static shapes from a ladder of buckets. auto: on CUDA, from width 384."""
+    cuda_graphs: bool = False
+    """Replay compiled blocks as CUDA graphs: for models so small that launches cost more than the work."""
 
 
 @dataclass(frozen=True)
@@ -376,6 +380,15 @@ def _check_geometry(c: Config) -> None:
         "model.predictor_width",
         m.predictor_width,
         f"its {heads} heads (--model.predictor_heads) must divide it",
+    )
+    _require(
+        m.residual == "fp32" or c.train.precision == "bf16",
+        "model.residual",
+        m.residual,
+        "needs --train.precision bf16",
+    )
+    _require(
+        not m.cuda_graphs or m.compile != "off", "model.cuda_graphs", m.cuda_graphs, "needs --model.compile on or auto"
     )
     if c.data.kind == "images":
         _require(c.data.channels in (1, 3), "data.channels", c.data.channels, "give 1 (grey) or 3 (colour)")

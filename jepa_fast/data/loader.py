@@ -20,7 +20,7 @@ from jepa_fast.config import Config
 from jepa_fast.data import packing
 from jepa_fast.data.masks import sample_masks
 from jepa_fast.data.order import Order, philox
-from jepa_fast.data.packing import MaskPlan
+from jepa_fast.data.packing import Ladder, MaskPlan
 from jepa_fast.data.shards import BadSample
 from jepa_fast.data.sources import Source
 from jepa_fast.errors import UsageError
@@ -57,9 +57,11 @@ class Loader:
     the iteration, when more than data.max_bad_share of the samples are bad.
     """
 
-    def __init__(self, config: Config, source: Source, seed: int, rank: int, world_size: int, start: int, stop: int):
+    def __init__(self, config: Config, source: Source, seed: int, rank: int, world_size: int, start: int, stop: int,
+                 ladder: Ladder | None = None):  # fmt: skip
         self.config, self.source, self.seed = config, source, seed
         share = config.train.batch_size // world_size
+        self.ladder = ladder  # buckets for a compiled model
         self.rows = slice(rank * share, (rank + 1) * share)
         self.micro = config.parallel.micro_batch or share
         self.steps = range(start, stop)
@@ -123,7 +125,7 @@ class Loader:
             self.rows.stop,
         )
         plans = [
-            packing.plan(masks.rows(i, min(i + self.micro, len(masks.context_lengths))), config.num_tokens)
+            packing.plan(masks.rows(i, min(i + self.micro, len(masks.context_lengths))), config.num_tokens, self.ladder)
             for i in range(0, len(masks.context_lengths), self.micro)
         ]
         epochs, samples = epochs[self.rows], samples[self.rows]

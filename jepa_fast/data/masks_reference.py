@@ -103,6 +103,21 @@ def smallest_context(config: Masks, grid: tuple[int, ...]) -> tuple[int, int]:
     return block_sizes(config, grid, 0, 0, 0)[2:]
 
 
+def longest(config: Masks, grid: tuple[int, ...]) -> tuple[int, int]:
+    """Bounds on the tokens of one context and of one target block; reached in `random`, not passed in any mode."""
+    num_tokens = math.prod(grid)
+    if config.mode == "random":
+        hidden = int(config.ratio * num_tokens)
+        return num_tokens - hidden, hidden
+    if config.mode == "bernoulli":
+        return num_tokens - config.min_keep, num_tokens - config.min_keep
+    context = math.prod(block_sizes(config, grid, 0, 0, 1)[2:])
+    area = int(num_tokens * config.target_scale[1])
+    aspect = max(config.target_aspect[1], 1 / config.target_aspect[0])
+    target = area + math.sqrt(area) * (math.sqrt(aspect) + 1 / math.sqrt(aspect)) / 2 + 0.25  # both sides rounded up
+    return kept(config, grid) or context - 1, min(num_tokens, math.floor(target))
+
+
 def _lerp(bounds: tuple[float, float], t: float) -> float:
     return bounds[0] + t * (bounds[1] - bounds[0])
 

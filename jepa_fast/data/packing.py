@@ -2,12 +2,14 @@
 
 In: a MaskBatch (which tokens each image keeps and predicts). Out: a MaskPlan of int64 rows into flat
 token arrays, so that the model is gathers and matrix products, without a loop over images or a
-device synchronisation.
+device synchronisation. Token totals differ from batch to batch; where the model is compiled, a Ladder
+rounds them up to one of a few buckets, so that shapes do not.
 
 Shape legend: B images, N tokens of a full image, Tc context tokens of the batch, Tt target tokens,
 S sequences (one per image in the encoder, one per image and target block in the predictor).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -16,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_fast.data.masks import MaskBatch
+from jepa_fast.config import Config
+from jepa_fast.data import masks_reference as reference
+from jepa_fast.data.masks import MaskBatch, extension, sample_masks
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,22 @@ class MaskPlan:
     context_index: Tensor  # int64 [Tc], token number in its image: the position
     context_rows: Tensor  # int64 [Tc], row of the flattened [B * N] tokens
     context_cu: Tensor  # int32 [B + 1], where each image's context begins
-    context_max: int  # longest context
+    context_max: int  # longest context, or the ladder's bound on it
+    context_bucket: int  # rows the encoder's blocks run on, Tc rounded up by the ladder; 0: on Tc
     target_index: Tensor  # int64 [Tt], ordered by (image, target block, token)
     target_rows: Tensor  # int64 [Tt], row of the flattened [B * N] tokens
     target_weight: Tensor  # float32 [Tt], 1 / (B * target tokens of the image): sums to 1
     predictor_order: Tensor  # int64 [Tp], rows of [context tokens; mask tokens] in sequence order
     predictor_targets: Tensor  # int64 [Tt], rows of the packed predictor sequences that are mask tokens
     predictor_cu: Tensor  # int32 [B * num_targets + 1]
-    predictor_max: int
+    predictor_max: int  # longest of them, or the ladder's bound
+    predictor_bucket: int  # as context_bucket, of Tp
+    target_cu: Tensor  # int32 [B * num_targets + 1], where each target block begins
+    target_max: int  # largest target block, or the ladder's bound
+
+    @property
+    def num_inputs(self) -> int:
+        return self.context_cu.numel() - 1
 
     def to(self, device: torch.device) -> "MaskPlan":
         """The same plan with its tensors on `device`; asynchronous from pinned memory."""
@@ -47,8 +59,28 @@ class MaskPlan:
         return replace(self, **changed)
 
 
-def plan(masks: MaskBatch, num_tokens: int) -> MaskPlan:
-    """The MaskPlan of `masks` for images of `num_tokens` tokens."""
+@dataclass(frozen=True)
+class Ladder:
+    """Bucket lengths for the packed totals of one process's batch, rising, and bounds on the lengths of one sequence."""
+
+    context: tuple[int, ...]
+    predictor: tuple[int, ...]
+    context_max: int
+    predictor_max: int
+    target_max: int
+
+    @staticmethod
+    def rung(rungs: tuple[int, ...], total: int) -> int:
+        """The smallest rung that holds `total` tokens; beyond the last, the next multiple of it."""
+        return next((r for r in rungs if r >= total), -(-total // rungs[-1]) * rungs[-1])
+
+
+def plan(masks: MaskBatch, num_tokens: int, ladder: Ladder | None = None) -> MaskPlan:
+    """The MaskPlan of `masks` for images of `num_tokens` tokens; its totals rounded up by `ladder`, if one is given.
+
+    Raises ValueError where an image has no context or no target, or a token number is not one of an image's.
+    """
+    _check(masks, num_tokens)
     num_images, blocks = len(masks.context_lengths), masks.num_targets
     image_of_context = np.repeat(np.arange(num_images), masks.context_lengths)
     target_totals = blocks * masks.target_lengths  # target tokens of each image
@@ -65,19 +97,97 @@ def plan(masks: MaskBatch, num_tokens: int) -> MaskPlan:
     is_target = np.repeat(np.tile([False, True], len(sequence_image)), lengths)
     predictor_lengths = context_part + target_part
 
+    bounds = ladder or Ladder((0,), (0,), 0, 0, 0)
     return MaskPlan(
         context_index=torch.from_numpy(masks.context),
         context_rows=torch.from_numpy(image_of_context * num_tokens + masks.context),
         context_cu=_cu(masks.context_lengths),
-        context_max=int(masks.context_lengths.max()),
+        context_max=max(bounds.context_max, int(masks.context_lengths.max())),
+        context_bucket=Ladder.rung(ladder.context, len(masks.context)) if ladder else 0,
         target_index=torch.from_numpy(masks.targets),
         target_rows=torch.from_numpy(image_of_target * num_tokens + masks.targets),
         target_weight=torch.from_numpy((1.0 / (num_images * target_totals[image_of_target])).astype(np.float32)),
         predictor_order=torch.from_numpy(predictor_order),
         predictor_targets=torch.from_numpy(np.flatnonzero(is_target)),
         predictor_cu=_cu(predictor_lengths),
-        predictor_max=int(predictor_lengths.max()),
+        predictor_max=max(bounds.predictor_max, int(predictor_lengths.max())),
+        predictor_bucket=Ladder.rung(ladder.predictor, len(predictor_order)) if ladder else 0,
+        target_cu=_cu(target_part),
+        target_max=max(bounds.target_max, int(target_part.max())),
     )
+
+
+def _check(masks: MaskBatch, num_tokens: int) -> None:
+    for what, lengths in (("context", masks.context_lengths), ("target", masks.target_lengths)):
+        if not len(lengths) or lengths.min() < 1:
+            raise ValueError(
+                f"image {int(lengths.argmin()) if len(lengths) else 0} has no {what} tokens; every image needs one"
+            )
+    for what, tokens in (("context", masks.context), ("target", masks.targets)):
+        if tokens.min() < 0 or tokens.max() >= num_tokens:
+            raise ValueError(f"{what} tokens are {tokens.min()} to {tokens.max()}; an image has 0 to {num_tokens - 1}")
+
+
+# ---- the ladder ---------------------------------------------------------------------------------
+
+PADDING = 0.02  # mean share of rows behind the tokens, on the batches the ladder was learnt from
+SIMULATED = {True: 100_000, False: 2_000}  # images drawn to learn the usual totals, with the C++ sampler and without
+
+
+def ladder(config: Config, share: int) -> Ladder:
+    """Buckets for `share` inputs of a global batch: where totals usually fall, closely; one more that holds any.
+
+    Learnt by drawing masks as the run will, so that every process builds the same. One rung where totals cannot vary.
+    """
+    masks, grid = config.masks, config.grid
+    batch = max(share, config.train.batch_size)
+    context, predictor = [], []
+    for step in range(max(8, min(800, SIMULATED[extension() is not None] // max(share, masks.group)))):
+        samples = np.arange(step * batch, (step + 1) * batch)
+        drawn = sample_masks(masks, grid, config.train.seed, step, np.zeros_like(samples), samples, 0, share)
+        context.append(len(drawn.context))
+        predictor.append(drawn.num_targets * len(drawn.context) + len(drawn.targets))
+    longest_context, longest_target = reference.longest(masks, grid)
+    longest = min(longest_context + longest_target, 2 * math.prod(grid))
+    if masks.mode == "random":
+        longest = math.prod(grid)
+    return Ladder(
+        _rungs(context, share * longest_context),
+        _rungs(predictor, share * drawn.num_targets * longest),
+        longest_context,
+        longest,
+        longest_target,
+    )
+
+
+def _rungs(totals: list[int], most: int) -> tuple[int, ...]:
+    """The fewest rungs that pad the totals seen by PADDING on average, one further, then the most there can be."""
+    if min(totals) == most:
+        return (most,)
+    seen = np.quantile(totals, np.linspace(0, 1, 129), method="higher")  # 128 equally likely totals, rising
+    best, rungs = np.cumsum(seen[-1] - seen)[-1], [int(seen[-1])]
+    while best > PADDING * seen.sum():
+        best, rungs = _cheapest(seen, len(rungs) + 1)
+    step = 64 if seen[0] >= 16384 else 8 if seen[0] >= 2048 else 1
+    rounded = {-(-math.ceil(r) // step) * step for r in (*rungs, seen[-1] * (1 + 2 * PADDING))}
+    return (*sorted(r for r in rounded if r < most), most)
+
+
+def _cheapest(totals: np.ndarray, count: int) -> tuple[float, list[int]]:
+    """(padding, rungs): the `count` rungs, each one of the rising totals, that pad them least. Dynamic programming."""
+    below, n = np.concatenate([[0], np.cumsum(totals)]), len(totals)
+    i, j = np.arange(n + 1)[:, None], np.arange(1, n + 1)
+    cost = np.where(i < j, (j - i) * totals - (below[j] - below[i]), np.inf)  # totals [i, j) padded to totals[j - 1]
+    padding, came = np.where(np.arange(n + 1) == 0, 0.0, np.inf), []
+    for _ in range(count):
+        through = padding[:, None] + cost  # [n + 1, n]
+        came.append(np.concatenate([[0], through.argmin(0)]))
+        padding = np.concatenate([[np.inf], through.min(0)])
+    rungs, end = [], n
+    for start in reversed(came):
+        rungs.append(int(totals[end - 1]))
+        end = int(start[end])
+    return float(padding[n]), rungs
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Self-attention over packed sequences, one backend for the whole run.
 
-T tokens of S sequences lie in one [T, ...] tensor; `cu_seqlens` says where each begins. Sequences of
-equal length are a plain batch for SDPA. Ragged ones go to a variable-length flash kernel on CUDA in
-half precision, and elsewhere to SDPA on a padded batch with a key mask (measured fastest on CPU).
+T tokens of S sequences lie in one [T, ...] tensor; `cu_seqlens` says where each begins. Sequences of equal length
+are a plain batch for SDPA. Ragged ones go to a variable-length flash kernel on CUDA in half precision, and elsewhere
+to SDPA on a padded batch with a key mask (measured fastest on CPU). Which one is settled when `Sequences` is made,
+once a forward, so that nothing inside a block depends on it.
 """
 
 from collections.abc import Callable
@@ -14,102 +15,135 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Shape legend: T packed tokens, S sequences, n longest sequence, H heads, d head width, D = H * d.
+# Shape legend: T packed tokens, Tq of them that ask, S sequences, n longest sequence, H heads, d head width, D = H * d.
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """How T packed tokens divide into S sequences."""
+    """How T packed tokens divide into S sequences. A bucket may be longer than its tokens: see `of`."""
 
-    cu_seqlens: Tensor  # int32 [S + 1]
-    max_len: int
-    slots: Tensor | None  # int64 [T], row of each token in a padded [S * max_len] layout; None: all lengths are equal
-
-    @property
-    def count(self) -> int:
-        return self.cu_seqlens.numel() - 1
+    cu_seqlens: Tensor  # int32 [S + 1], or [S + 1 + spare sequences]
+    count: int  # S
+    max_len: int  # n, or a bound on it
+    uniform: bool  # every sequence has max_len tokens: the packed tensor is a dense batch
+    slots: Tensor | None = (
+        None  # int64 [T], a token's row in the padded [S * n] layout; None: dense, or a varlen kernel
+    )
+    mask: Tensor | None = None  # bool [S, 1, 1, n], which slots hold a token
 
     @staticmethod
-    def of(cu_seqlens: Tensor, max_len: int, total: int) -> "Sequences":
-        """From the cumulative lengths, the longest one and the number of tokens; no host synchronisation."""
+    def of(cu_seqlens: Tensor, max_len: int, total: int, bucket: int = 0, varlen: bool = False) -> "Sequences":
+        """From cumulative lengths [S + 1], a bound on the longest, and the number of tokens; no host synchronisation.
+
+        bucket: length of the packed tensor where it is longer than its `total` tokens (0: it is not). The rows behind
+        the tokens form sequences of their own, so that no token sees them. `varlen`: for a variable-length kernel.
+        """
         count = cu_seqlens.numel() - 1
-        if count * max_len == total:
-            return Sequences(cu_seqlens, max_len, None)
+        length = bucket or total
+        if count * max_len == total == length:
+            return Sequences(cu_seqlens, count, max_len, uniform=True)
+        device = cu_seqlens.device
+        if varlen:
+            if bucket:  # as many spare sequences as the bucket could ever need, so that their number is constant
+                spare = torch.arange(1, -(-bucket // max_len) + 1, dtype=torch.int32, device=device)
+                cu_seqlens = torch.cat([cu_seqlens, (total + spare * max_len).clamp_(max=bucket).int()])
+            return Sequences(cu_seqlens, count, max_len, uniform=False)
         starts = cu_seqlens[:-1].long()
         sequence = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=total)
-        slots = (
-            torch.arange(total, device=cu_seqlens.device)
-            + (torch.arange(count, device=starts.device) * max_len - starts)[sequence]
-        )
-        return Sequences(cu_seqlens, max_len, slots)
+        shift = torch.arange(count, device=device) * max_len - starts
+        slots = torch.arange(total, device=device) + shift[sequence]
+        slots = F.pad(slots, (0, length - total), value=count * max_len)  # rows behind the tokens: one slot too far
+        held = torch.zeros(count * max_len + 1, dtype=torch.bool, device=device).index_fill_(0, slots, True)
+        mask = held[:-1].view(count, 1, 1, max_len)
+        return Sequences(cu_seqlens, count, max_len, uniform=False, slots=slots, mask=mask)
 
     @staticmethod
-    def uniform(count: int, length: int, device: torch.device) -> "Sequences":
+    def equal(count: int, length: int, device: torch.device) -> "Sequences":
         """`count` sequences of `length` tokens."""
-        return Sequences(torch.arange(count + 1, dtype=torch.int32, device=device) * length, length, None)
+        cu_seqlens = torch.arange(count + 1, dtype=torch.int32, device=device) * length
+        return Sequences(cu_seqlens, count, length, uniform=True)
+
+    def batch(self, x: Tensor) -> Tensor:
+        """[T, H, d] -> [S, H, n, d], zeros where there is no token."""
+        if self.slots is not None:
+            empty = x.new_zeros(self.count * self.max_len + 1, *x.shape[1:])
+            x = empty.index_copy(0, self.slots, x)[:-1]
+        return x.view(self.count, self.max_len, *x.shape[1:]).transpose(1, 2)
+
+    def unbatch(self, x: Tensor) -> Tensor:
+        """[S, H, n, d] -> [T, H, d]; rows behind the tokens hold some finite value."""
+        flat = x.transpose(1, 2).reshape(self.count * self.max_len, x.shape[1], x.shape[3])
+        return flat if self.slots is None else flat.index_select(0, self.slots.clamp(max=len(flat) - 1))
 
 
-def choose_backend(device: torch.device, half: bool) -> tuple[str, str]:
-    """(backend for ragged sequences, reason), for the log. Backends: flash_attn, varlen_attn, sdpa."""
-    if device.type != "cuda":
-        return "sdpa", "no CUDA device: padded batches"
-    if not half:
-        return "sdpa", "fp32: the variable-length kernels take fp16 and bf16 only"
-    if _flash_attn_varlen() is not None:
-        return "flash_attn", "flash-attn is installed"
-    if _torch_varlen() is not None:
-        return "varlen_attn", "torch's variable-length flash kernel"
-    return "sdpa", "this torch has no variable-length kernel and flash-attn is not installed"
+# ---- the backend: chosen once, when this module is loaded ---------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v inside each sequence; q, k, v and the result [T, H, d]."""
-    if sequences.slots is None:
-        return _sdpa_uniform(q, k, v, sequences)
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        varlen = _flash_attn_varlen() or _torch_varlen()
-        if varlen is not None:  # both take (q, k, v, cu_q, cu_k, max_q, max_k); later arguments differ between versions
-            cu, longest = sequences.cu_seqlens, sequences.max_len
-            return varlen(q, k, v, cu, cu, longest, longest)
-    return _sdpa_padded(q, k, v, sequences)
+def _find_varlen() -> tuple[str, Callable[..., Any] | None, str]:
+    """(name, kernel, reason) of the variable-length kernel. Both take (q, k, v, cu_q, cu_k, max_q, max_k).
 
-
-def _sdpa_uniform(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
-    count, length = sequences.count, sequences.max_len
-    bq, bk, bv = (x.reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # [S, H, n, d]
-    return F.scaled_dot_product_attention(bq, bk, bv).transpose(1, 2).reshape(q.shape)
-
-
-def _sdpa_padded(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
-    count, length, slots = sequences.count, sequences.max_len, sequences.slots
-    assert slots is not None
-    pq, pk, pv = (_pad(x, slots, count, length) for x in (q, k, v))  # [S, H, n, d]
-    real = torch.zeros(count * length, dtype=torch.bool, device=q.device).index_fill_(0, slots, True)
-    out = F.scaled_dot_product_attention(pq, pk, pv, attn_mask=real.view(count, 1, 1, length))
-    return out.transpose(1, 2).reshape(count * length, *q.shape[1:])[slots]
-
-
-def _pad(x: Tensor, slots: Tensor, count: int, length: int) -> Tensor:
-    empty = x.new_zeros(count * length, *x.shape[1:])
-    return empty.index_copy(0, slots, x).view(count, length, *x.shape[1:]).transpose(1, 2)
-
-
-@cache
-def _flash_attn_varlen() -> Callable[..., Tensor] | None:
+    Later arguments differ between versions, and are left at their defaults: scale 1 / sqrt(d), not causal, no dropout.
+    """
+    if not torch.cuda.is_available():
+        return "sdpa", None, "no CUDA device: padded batches"
     try:
         from flash_attn import flash_attn_varlen_func
+
+        return "flash_attn", flash_attn_varlen_func, "flash-attn is installed"
+    except ImportError as error:  # also where it was built for another torch
+        absent = "" if isinstance(error, ModuleNotFoundError) else f"; flash-attn cannot be loaded ({error})"
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        return "varlen_attn", varlen_attn, f"torch's variable-length flash kernel{absent}"
     except ImportError:
-        return None
-    return flash_attn_varlen_func
+        return "sdpa", None, f"this torch has no variable-length kernel{absent or ' and flash-attn is not installed'}"
+
+
+_NAME, _VARLEN, _REASON = _find_varlen()
 
 
 @cache
-def _torch_varlen() -> Callable[..., Any] | None:
+def choose_backend(device: torch.device, half: bool) -> tuple[str, str]:
+    """(backend for ragged sequences, reason), for the log; on every process, before the first forward.
+
+    Backends: flash_attn, varlen_attn, sdpa. Switches torch to FlashAttention 3 where that is built for this GPU.
+    """
+    if device.type != "cuda" or _VARLEN is None:
+        return "sdpa", _REASON if device.type == "cuda" else "no CUDA device: padded batches"
+    if not half:
+        return "sdpa", "fp32: the variable-length kernels take fp16 and bf16 only"
+    if _NAME != "varlen_attn" or torch.cuda.get_device_capability(device)[0] != 9:
+        return _NAME, _REASON
+    return _NAME, f"{_REASON}, {_activate_flash3()}"
+
+
+def _activate_flash3() -> str:
+    """Switch torch's flash kernels to FlashAttention 3, and say what came of it."""
     try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
+        from torch.nn.attention import activate_flash_attention_impl
+
+        activate_flash_attention_impl("FA3")
+        return "FlashAttention 3"
+    except (
+        Exception
+    ) as error:  # not built, built without its backward, or a torch that cannot: all leave FlashAttention 2
+        return f"FlashAttention 2 (3 is not available: {str(error).splitlines()[0]})"
+
+
+def uses_varlen(x: Tensor) -> bool:
+    """Whether attention on the features x will go to a variable-length kernel: half precision, on CUDA."""
+    return _VARLEN is not None and x.is_cuda and (x.dtype in HALF or torch.is_autocast_enabled("cuda"))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v inside each sequence: q [Tq, H, d], k and v [T, H, d] -> [Tq, H, d]."""
+    if _VARLEN is not None and keys.slots is None and not (queries.uniform and keys.uniform):
+        return _VARLEN(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_len, keys.max_len)
+    out = F.scaled_dot_product_attention(queries.batch(q), keys.batch(k), keys.batch(v), attn_mask=keys.mask)
+    return queries.unbatch(out)
 
 
 class Attention(nn.Module):
@@ -124,4 +158,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
         """[T, D] -> [T, D]."""
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # each [T, H, d]
-        return self.proj(attend(q, k, v, sequences).reshape(x.shape))
+        return self.proj(attend(q, k, v, sequences, sequences).flatten(1))
+
+    def of_rows(self, x: Tensor, sequences: Sequences, rows: Tensor, queries: Sequences) -> Tensor:
+        """As forward, for rows [Tq] of x only, whose sequences are `queries`: -> [Tq, D]. Every token is still a key."""
+        width = x.shape[1]
+        weight, bias = self.qkv.weight.split([width, 2 * width]), self.qkv.bias.split([width, 2 * width])
+        q = F.linear(x.index_select(0, rows), weight[0], bias[0]).view(len(rows), self.heads, -1)
+        k, v = F.linear(x, weight[1], bias[1]).view(len(x), 2, self.heads, -1).unbind(1)
+        return self.proj(attend(q, k, v, queries, sequences).flatten(1))

@@ -32,30 +32,50 @@ class JEPA(nn.Module):
         model = config.model
         self.loss = config.objective.loss
         self.target_norm = config.objective.target_norm
+        self.cuda_graphs = model.cuda_graphs
         self.context_encoder = _encoder(config)
         self.target_encoder = _encoder(config).requires_grad_(False)
         self.predictor = Predictor(
             config.grid, model.width, width=model.predictor_width, depth=model.predictor_depth,
             heads=model.predictor_heads or model.heads, mlp_ratio=model.mlp_ratio, eps=model.norm_eps,
+            residual=model.residual,
         )  # fmt: skip
         initialise(self.context_encoder, model)
         initialise(self.predictor, model)
+        for part in (self.context_encoder, self.predictor):
+            for block in part.blocks:
+                assert isinstance(block, Block)
+                block.recompute = model.recompute
         self.target_encoder.load_state_dict(self.context_encoder.state_dict())  # theta_bar(0) = theta(0)
 
     def forward(self, inputs: Tensor, plan: MaskPlan) -> Output:
         """inputs: uint8 or float [B, C, H, W], or float [B, C, L]."""
-        patches = self.context_encoder.tokenizer(inputs)  # [B, N, P]
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step gave out may be written over
+        patches = self.context_encoder.tokenizer(inputs)  # [B, N, P], cut and normalised once for both encoders
+        self._check(inputs, plan)
 
         with torch.no_grad():
             target = self.target_encoder.encode(patches)  # [B, N, D]
 
-        visible = patches.flatten(0, 1)[plan.context_rows]  # [Tc, P]
-        context = self.context_encoder.packed(visible, plan.context_index, plan.context_cu, plan.context_max)
+        visible = patches.flatten(0, 1).index_select(0, plan.context_rows)  # [Tc, P]
+        context = self.context_encoder.packed(
+            visible, plan.context_index, plan.context_cu, plan.context_max, plan.context_bucket
+        )  # [Tc, D]
         prediction = self.predictor.packed(context, plan)  # [Tt, D]
 
-        hidden = self.normalise(target).flatten(0, 1)[plan.target_rows]  # [Tt, D]
-        loss = plan.target_weight @ token_loss(prediction, hidden, self.loss)
+        hidden = self.normalise(target.flatten(0, 1).index_select(0, plan.target_rows))  # [Tt, D]
+        loss = (
+            plan.target_weight * token_loss(prediction, hidden, self.loss)
+        ).sum()  # not `@`: autocast would halve it
         return Output(loss, context.detach(), target)
+
+    def _check(self, inputs: Tensor, plan: MaskPlan) -> None:
+        grid, own = self.context_encoder.tokenizer.grid(inputs), self.context_encoder.grid
+        if grid != own:
+            raise ValueError(f"inputs of {list(inputs.shape)} have {grid} tokens; this JEPA was built for {own}")
+        if len(inputs) != plan.num_inputs:
+            raise ValueError(f"{len(inputs)} inputs and masks of {plan.num_inputs}: give as many masks as inputs")
 
     def normalise(self, target: Tensor) -> Tensor:
         """The regression target of features [..., D]: float32, layer-normed without affine if configured."""
@@ -84,6 +104,7 @@ def _encoder(config: Config) -> Encoder:
     return Encoder(
         Tokenizer(data.kind, size, data.mean, data.std), config.grid, config.patch_dim,
         width=model.width, depth=model.depth, heads=model.heads, mlp_ratio=model.mlp_ratio, eps=model.norm_eps,
+        residual=model.residual,
     )  # fmt: skip
 
 

@@ -1,14 +1,17 @@
 """The encoder: a pre-LN Vision Transformer on packed tokens, for images and for series.
 
-No class token, fixed sin-cos positions, final LayerNorm. Masked patches are dropped before the patch
-embedding, so hidden pixels cost nothing.
+No class token, fixed sin-cos positions, final LayerNorm. Masked patches are dropped before anything is computed on
+them, so hidden pixels cost nothing.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from jepa_fast.model.attention import Attention, Sequences
+from jepa_fast.model.attention import Attention, Sequences, uses_varlen
 from jepa_fast.model.tokens import Tokenizer, sincos_table
 
 # Shape legend: B images, N tokens of a full image, K kept tokens, T packed tokens, P numbers in a patch, D width.
@@ -27,6 +30,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-LN transformer block on packed tokens [T, D]."""
 
+    recompute = "none"  # in the backward: nothing; `selective`, all but products and attention; `full`, everything
+
     def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
@@ -34,9 +39,37 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, round(width * mlp_ratio))
 
-    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
-        x = x + self.attn(self.norm1(x), sequences)
+    def forward(
+        self, x: Tensor, sequences: Sequences, rows: Tensor | None = None, queries: Sequences | None = None
+    ) -> Tensor:
+        """[T, D] -> [T, D]; or, given int64 rows [R] and how they divide into sequences, those rows alone: -> [R, D]."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._forward(x, sequences, rows, queries)
+        kept: dict[str, Any] = {"context_fn": _keep_products} if self.recompute == "selective" else {}
+        return checkpoint(self._forward, x, sequences, rows, queries, use_reentrant=False, **kept)
+
+    def _forward(self, x: Tensor, sequences: Sequences, rows: Tensor | None, queries: Sequences | None) -> Tensor:
+        if rows is None or queries is None:
+            x = x + self.attn(self.norm1(x), sequences)
+        else:
+            x = x.index_select(0, rows) + self.attn.of_rows(self.norm1(x), sequences, rows, queries)
         return x + self.mlp(self.norm2(x))
+
+
+def _keep_products():
+    """For `checkpoint`: matrix products and attention are kept, what lies between them (norms, GELU, sums) is not."""
+    aten = torch.ops.aten
+    costly = {
+        aten.addmm.default, aten.mm.default, aten.linear.default,
+        aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }  # fmt: skip
+
+    def policy(_context, op, *_args, **_kwargs):
+        keep = op in costly or op.namespace in ("torch_attn", "flash_attn")
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 class Encoder(nn.Module):
@@ -46,10 +79,12 @@ class Encoder(nn.Module):
 
     def __init__(
         self, tokenizer: Tokenizer, grid: tuple[int, ...], patch_dim: int, *,
-        width: int, depth: int, heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6,
+        width: int, depth: int, heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6, residual: str = "fp32",
     ):  # fmt: skip
         super().__init__()
         self.tokenizer = tokenizer
+        self.grid = grid
+        self.residual = residual  # fp32 (whatever the products are in), or bf16 under autocast
         self.patch_embed = nn.Linear(patch_dim, width)
         self.register_buffer("positions", sincos_table(grid, width), persistent=False)  # [N, D]
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, eps) for _ in range(depth))
@@ -62,43 +97,73 @@ class Encoder(nn.Module):
     def forward(self, inputs: Tensor, keep: Tensor | None = None) -> Tensor:
         """Features of whole inputs, or of the kept tokens only.
 
-        inputs: float or uint8 [B, C, H, W], or float [B, C, L]. keep: int64 [B, K] token numbers, no
-        repeats in a row. Returns [B, N, D] or [B, K, D].
-        Raises ValueError if `keep` is out of range or repeats a token.
+        inputs: float or uint8 [B, C, H, W], or float [B, C, L]; any size that the patch divides. keep: int64 [B, K]
+        token numbers, no repeats in a row. Returns [B, N, D] or [B, K, D].
+        Raises ValueError if `keep` is out of range or repeats a token, or the patch does not divide the image.
         """
-        return self.encode(self.tokenizer(inputs), keep)
+        grid = self.tokenizer.grid(inputs)
+        table = self.positions if grid == self.grid else self._table(grid)
+        if keep is None:
+            return self._dense(self.tokenizer(inputs), table.expand(len(inputs), -1, -1))
+        check_index("keep", keep, len(inputs), len(table))
+        return self._dense(self.tokenizer(inputs, keep), table[keep])
 
-    def encode(self, patches: Tensor, keep: Tensor | None = None) -> Tensor:
-        """As forward, on patches [B, N, P]."""
-        b, n, _ = patches.shape
-        positions = torch.arange(n, device=patches.device).expand(b, n)
-        if keep is not None:
-            _check_keep(keep, b, n)
-            patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-            positions = keep
-        k = positions.shape[1]
-        sequences = Sequences.uniform(b, k, patches.device)
-        x = self._run(patches.reshape(b * k, -1), positions.reshape(-1), sequences)
-        return x.view(b, k, -1)
+    def encode(self, patches: Tensor) -> Tensor:
+        """Features of all patches [B, N, P] of inputs of the configured size: -> [B, N, D]."""
+        return self._dense(patches, self.positions.expand(len(patches), -1, -1))
 
-    def packed(self, patches: Tensor, positions: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        """Features of packed tokens: patches [T, P], positions int64 [T], cu_seqlens int32 [B + 1] -> [T, D]."""
-        return self._run(patches, positions, Sequences.of(cu_seqlens, max_len, len(patches)))
+    def packed(self, patches: Tensor, positions: Tensor, cu_seqlens: Tensor, max_len: int, bucket: int = 0) -> Tensor:
+        """Features of packed tokens: patches [T, P], positions int64 [T], cu_seqlens int32 [B + 1] -> [T, D].
 
-    def _run(self, patches: Tensor, positions: Tensor, sequences: Sequences) -> Tensor:
-        x = self.patch_embed(patches) + self.positions[positions]  # [T, D]
+        bucket: the blocks run on that many rows (at least T, 0: on T), which changes no feature and keeps shapes static.
+        """
+        x = self._enter(self.patch_embed(patches) + self.positions[positions])
+        sequences = Sequences.of(cu_seqlens, max_len, len(x), bucket, uses_varlen(x))
+        return self._leave(self._run(pad_rows(x, bucket), sequences)[: len(x)])
+
+    def _dense(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """patches [B, K, P], positions [B, K, D] -> [B, K, D]."""
+        b, k, _ = patches.shape
+        x = self._enter(self.patch_embed(patches) + positions)
+        x = self._run(x.view(b * k, -1), Sequences.equal(b, k, x.device))
+        return self._leave(x).view(b, k, -1)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """Into the residual stream."""
+        return x.bfloat16() if self.residual == "bf16" and torch.is_autocast_enabled(x.device.type) else x
+
+    def _leave(self, x: Tensor) -> Tensor:
+        """Out of the residual stream: features in the precision of the weights, for targets are compared in float32."""
+        return self.norm(x.to(self.norm.weight.dtype))
+
+    def _run(self, x: Tensor, sequences: Sequences) -> Tensor:
         for block in self.blocks:
             x = block(x, sequences)
-        return self.norm(x)
+        return x
+
+    def _table(self, grid: tuple[int, ...]) -> Tensor:
+        if len(grid) != len(self.grid):
+            raise ValueError(f"inputs with a grid of {grid}: this encoder was built for {self.grid}")
+        return sincos_table(grid, self.width, self.grid).to(self.positions)
 
 
-def _check_keep(keep: Tensor, batch: int, tokens: int) -> None:
-    if keep.dim() != 2 or keep.shape[0] != batch or keep.dtype != torch.int64:
-        raise ValueError(f"keep must be int64 [{batch}, K] token numbers, got {keep.dtype} {list(keep.shape)}")
-    if keep.device.type == "cpu":  # on a device the check would be a synchronisation; gather asserts the range there
-        if keep.numel() and not (int(keep.min()) >= 0 and int(keep.max()) < tokens):
-            raise ValueError(
-                f"keep holds token {int(keep.max())} or {int(keep.min())}; an image has tokens 0 to {tokens - 1}"
-            )
-        if (keep.sort(1).values.diff(dim=1) == 0).any():
-            raise ValueError("keep names a token twice in one row; every kept token once")
+def pad_rows(x: Tensor, bucket: int) -> Tensor:
+    """[T, D] -> [bucket, D] with zero rows behind; x itself if bucket is 0."""
+    return F.pad(x, (0, 0, 0, bucket - len(x))) if bucket > len(x) else x
+
+
+def check_index(name: str, index: Tensor, batch: int, tokens: int) -> None:
+    """Raises ValueError unless `index` is int64 [batch, K] of different token numbers below `tokens` in each row."""
+    if index.dim() != 2 or index.shape[0] != batch or index.shape[1] == 0 or index.dtype != torch.int64:
+        shape = f"int64 [{batch}, K] token numbers, K at least 1"
+        raise ValueError(f"{name} must be {shape}; it is {index.dtype} {list(index.shape)}")
+    if (
+        index.device.type != "cpu"
+    ):  # there the check would be a synchronisation, and gathers assert the range themselves
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= tokens:
+        raise ValueError(f"{name} holds token {low if low < 0 else high}; an image has tokens 0 to {tokens - 1}")
+    twice = (index.sort(1).values.diff(dim=1) == 0).any(1)
+    if twice.any():
+        raise ValueError(f"{name} names a token twice in row {int(twice.nonzero()[0])}; give every token once")
