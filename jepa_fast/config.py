@@ -91,6 +91,8 @@ class Model:
     predictor_depth: int = 1
     predictor_heads: int = 0
     """0: as the encoder's."""
+    predictor_mlp_ratio: float = 0.0
+    """0: as the encoder's."""
     init_std: float = 0.02
     """Truncated normal of every linear weight and of the mask token."""
     depth_scaled_init: bool = False
@@ -326,7 +328,7 @@ def _check_ranges(c: Config) -> None:
                  "optim.final_lr", "optim.weight_decay", "optim.final_weight_decay", "optim.clip", "checkpoint.every",
                  "checkpoint.keep", "monitor.spectrum_every", "monitor.lidar_every", "monitor.bound_every",
                  "monitor.spectral_every", "perturb.noise", "perturb.until", "monitor.lidar_views", "monitor.jacobian", "masks.context_tokens", "parallel.threads",
-                 "parallel.micro_batch", "parallel.prefetch", "parallel.shards", "profile.steps", "model.predictor_heads"):  # fmt: skip
+                 "parallel.micro_batch", "parallel.prefetch", "parallel.shards", "profile.steps", "model.predictor_heads", "model.predictor_mlp_ratio"):  # fmt: skip
         _require(get(c, name) >= 0, name, get(c, name), "it cannot be negative")
     for name in (
         "model.init_std",

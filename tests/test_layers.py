@@ -13,7 +13,7 @@ STAGES = [
     {"presets", "schedules", "log", "checkpoint"},
     {"data"},
     {"model"},
-    {"parallel", "optim", "ema", "clock", "perturb"},
+    {"parallel", "optim", "ema", "clock", "perturb", "interop", "flops"},
     {"survive", "profiling"},
     {"monitor"},
     {"rundir"},

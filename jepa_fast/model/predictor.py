@@ -26,6 +26,7 @@ class Predictor(nn.Module):
         width: int, depth: int, heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6, residual: str = "fp32",
     ):  # fmt: skip
         super().__init__()
+        self.grid = grid
         self.residual = residual  # as Encoder's
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))  # 3-D, so that weight decay applies as in ijepa
