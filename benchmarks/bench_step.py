@@ -1,0 +1,345 @@
+"""A training step and its parts, ours against facebookresearch/ijepa's: same images, weights, masks and token counts.
+
+    python -m benchmarks.bench_step                                      # ours alone
+    python -m benchmarks.bench_step --peer PATH                          # PATH: a checkout of facebookresearch/ijepa
+    python -m benchmarks.bench_step --peer PATH --model vit_base --batch 64 --device cuda
+
+The masks are `reference` masks, cut to the shortest context of the batch, because the peer takes no others. Ours is
+timed only if, from the peer's weights, it gives the peer's loss. The peer runs its own modules, optimizer groups and
+gradient statistics, in its own order: forward, backward, AdamW, a norm of every gradient read on the host, EMA by a
+loop. `peer` is float32, `peer_bf16` the same under autocast, which is how its configuration runs on a GPU. Parts are
+timed by themselves, forward and backward together where there is a backward.
+"""
+
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import Bench, Case, arguments, matmul_rate
+from jepa_fast import optim
+from jepa_fast.config import Config, replace
+from jepa_fast.data.embedded import texture
+from jepa_fast.data.masks import MaskBatch, sample_masks
+from jepa_fast.data.packing import MaskPlan, ladder, plan
+from jepa_fast.ema import TargetEMA
+from jepa_fast.flops import step_flops
+from jepa_fast.interop import save_official
+from jepa_fast.model.attention import choose_backend
+from jepa_fast.model.compile import compile_blocks
+from jepa_fast.model.jepa import JEPA
+from jepa_fast.presets import preset
+
+MODELS = {  # width, depth, heads, predictor depth
+    "vit_tiny": (192, 12, 3, 6), "vit_small": (384, 12, 6, 6), "vit_base": (768, 12, 12, 6),
+    "vit_large": (1024, 24, 16, 12), "vit_huge": (1280, 32, 16, 12),
+}  # fmt: skip
+DECAY, LR = 0.996, 1e-4
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = arguments(__doc__, rounds=9, seconds=900)
+    parser.add_argument("--peer", type=Path, help="a checkout of facebookresearch/ijepa")
+    parser.add_argument("--model", choices=MODELS, default="vit_small")
+    parser.add_argument("--image", type=int, default=224)
+    parser.add_argument("--patch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--compile", action="store_true", help="ours also with compiled blocks")
+    parser.add_argument("--parts", action="store_true", help="also the parts of the step")
+    args = parser.parse_args(argv)
+    if args.tiny:
+        args.model, args.image, args.batch = "vit_tiny", 64, 4
+    bench = Bench("step", args, tests=["tests/test_model.py"])
+    config = configuration(args)
+    numbers = np.arange(args.batch)
+    masks = sample_masks(config.masks, config.grid, 0, 0, np.zeros_like(numbers), numbers)
+    images = textures(args.batch, args.image).to(bench.device)
+    count = (int(masks.context_lengths[0]), int(masks.target_lengths[0]))
+    shape = f"{args.model}/{args.patch} {args.image} b{args.batch}"
+    print(f"{shape}: {count[0]} context tokens and 4 targets of {count[1]} in every image, of {config.num_tokens}")
+
+    halves = has_bf16(bench.device)
+    if not halves:
+        print("this CPU has no bf16 instructions: bf16 is left out, for it would be emulated and slow for everybody")
+    start = JEPA(config)
+    steps: dict[str, Ours | Peer] = {}
+    if args.peer:
+        steps = {
+            n: Peer(args, config, masks, images, bench.device, half) for n, half in PEERS.items() if halves or not half
+        }
+    for name, precision in OURS.items():
+        if halves or precision == "fp32":
+            steps[name] = Ours(config, masks, images, bench.device, precision)
+            if args.compile:
+                steps[f"{name}_compiled"] = Ours(config, masks, images, bench.device, precision, compiled=True)
+    first = next(iter(steps.values()))
+    first.take(start)
+    reference = first.loss()
+
+    work = step_flops(config, plan(masks, config.num_tokens))
+    case = bench.case(shape, "step")
+    for name, step in steps.items():
+        case.add(name, step.step, check=agrees(step, start, reference))
+    report(case, bench, work.total, args.batch, halves)
+    for part in ("target", "context", "predictor", "optimizer", "ema") if args.parts else ():
+        case = bench.case(shape, part)
+        for name, step in steps.items():
+            case.add(name, step.parts()[part], check=agrees(step, start, reference))
+        report(case, bench, getattr(work, part, 0.0), args.batch, halves)
+    return bench.close()
+
+
+def has_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def report(case: Case, bench: Bench, work: float, batch: int, halves: bool) -> None:
+    """work: operations of a call as `jepa_fast.flops` counts them, the trims taken."""
+    for dtype in (torch.float32, torch.bfloat16) if halves else (torch.float32,):
+        case.ceiling(f"matmul_{dtype}".replace("torch.", ""), *matmul_rate(dtype, bench.device))
+    if case.run():
+        case.rate("images_per_s", "1/s", batch)
+        if work:
+            case.rate("work", "GFLOP/s", work / 1e9)
+        for peer in PEERS:
+            case.speedup(f"over_{peer}", over=peer)
+        print(case.table(), flush=True)
+
+
+def agrees(step: "Ours | Peer", start: JEPA, reference: float) -> Callable[[], None]:
+    """From the weights `start`, a step's loss is the reference."""
+
+    def check() -> None:
+        step.take(start)
+        got, allowed = step.loss(), 0.02 if step.half else 1e-4
+        if not abs(got - reference) <= allowed * reference:
+            raise AssertionError(f"its loss is {got:.6f}, the reference's {reference:.6f}")
+
+    return check
+
+
+def configuration(args: Any) -> Config:
+    width, depth, heads, predictor_depth = MODELS[args.model]
+    changes = {
+        "model.width": width, "model.depth": depth, "model.heads": heads, "model.patch": args.patch,
+        "model.predictor_depth": predictor_depth, "data.image_size": args.image, "train.batch_size": args.batch,
+        "masks.mode": "reference", "masks.group": args.batch, "masks.min_keep": 10 if args.image >= 128 else 1,
+    }  # fmt: skip
+    return replace(preset("in1k-vitb16"), changes).check()
+
+
+def textures(count: int, size: int) -> Tensor:
+    """float32 [count, 3, size, size], generated images, z-normalised."""
+    rng = np.random.default_rng(0)
+    grey = np.stack([texture(i % 4, size, rng) for i in range(count)]).astype(np.float32)
+    return torch.from_numpy(grey)[:, None].repeat(1, 3, 1, 1)
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+OURS = {"ours": "fp32", "ours_bf16": "bf16", "ours_bf16_residual": "bf16 residual"}
+PEERS = {"peer": False, "peer_bf16": True}
+
+
+class Ours:
+    """The loop's step, as train.py makes it."""
+
+    def __init__(
+        self, config: Config, masks: MaskBatch, images: Tensor, device: torch.device, precision: str, compiled: bool = False
+    ):  # fmt: skip
+        changes = {"train.precision": precision[:4], "model.residual": "bf16" if "residual" in precision else "fp32"}
+        self.half, self.images, self.device = precision != "fp32", images, device
+        config = replace(config, changes)
+        torch.manual_seed(0)
+        self.jepa = JEPA(config).to(device)
+        choose_backend(device, self.half)
+        if compiled:
+            compile_blocks(self.jepa)
+        steps = ladder(config, len(images)) if compiled and device.type == "cuda" else None
+        self.plan: MaskPlan = plan(masks, config.num_tokens, steps).to(device)
+        self.optimizer = optim.build(self.jepa, config.optim)
+        optim.set_rates(self.optimizer, LR, 0.04)
+        self.ema = TargetEMA(self.jepa)
+
+    def take(self, source: JEPA) -> None:
+        self.jepa.load_state_dict(source.state_dict())
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
+    def forward(self) -> Tensor:
+        with self.autocast():
+            return self.jepa(self.images, self.plan).loss
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        return float(self.forward())
+
+    def step(self) -> None:
+        loss = self.forward()
+        loss.backward()
+        finite = optim.step_if_finite(self.optimizer, loss)
+        self.ema.update(DECAY, gate=finite)
+
+    def parts(self) -> dict[str, Callable[[], object]]:
+        jepa, chosen = self.jepa, self.plan
+        patches = jepa.context_encoder.tokenizer(self.images)
+        visible = patches.flatten(0, 1).index_select(0, chosen.context_rows)
+
+        def target() -> None:
+            with torch.no_grad(), self.autocast():
+                jepa.normalise(jepa.target_encoder.encode(patches).flatten(0, 1).index_select(0, chosen.target_rows))
+
+        def encode() -> Tensor:
+            with self.autocast():
+                return jepa.context_encoder.packed(
+                    visible, chosen.context_index, chosen.context_cu, chosen.context_max, chosen.context_bucket
+                )
+
+        features = encode().detach().requires_grad_()
+
+        def predictor() -> None:
+            with self.autocast():
+                out = jepa.predictor.packed(features, chosen)
+            out.float().square().mean().backward()
+
+        def optimizer() -> None:
+            optim.step_if_finite(self.optimizer, one)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+        one = torch.ones((), device=self.device)
+        gradients = [(p, torch.randn_like(p)) for p in jepa.parameters() if p.requires_grad]
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        return {
+            "target": target,
+            "context": lambda: encode().float().square().mean().backward(),
+            "predictor": predictor,
+            "optimizer": optimizer,
+            "ema": lambda: self.ema.update(DECAY, gate=one.bool()),
+        }
+
+
+# ---- the peer ------------------------------------------------------------------------------------
+
+
+class Peer:
+    """facebookresearch/ijepa's step, put together from a checkout's own parts."""
+
+    def __init__(self, args: Any, config: Config, masks: MaskBatch, images: Tensor, device: torch.device, half: bool):
+        if not (args.peer / "src" / "helper.py").is_file():
+            raise SystemExit(f"error: {args.peer} is no checkout of facebookresearch/ijepa: it has no src/helper.py")
+        sys.path.append(str(args.peer))
+        import src.helper as helper
+
+        logging.getLogger().setLevel(logging.WARNING)  # it prints its modules
+        from src.masks.utils import apply_masks
+        from src.utils.logging import grad_logger
+
+        self.apply_masks, self.grad_logger, self.half, self.device, self.images = (
+            apply_masks,
+            grad_logger,
+            half,
+            device,
+            images,
+        )
+        self.encoder, self.predictor = helper.init_model(
+            device, args.patch, args.model, args.image, config.model.predictor_depth, config.model.predictor_width
+        )
+        self.target, _ = helper.init_model(device, args.patch, args.model, args.image)
+        self.target.requires_grad_(False)
+        self.optimizer, *_ = helper.init_opt(self.encoder, self.predictor, 100, 0.0, LR, 1, 10)
+        for group in self.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = LR, 0.0 if group.get("WD_exclude") else 0.04
+        batch = len(images)
+        context = torch.from_numpy(masks.context).view(batch, -1)
+        targets = torch.from_numpy(masks.targets).view(batch, masks.num_targets, -1)
+        self.context, self.targets = [context.to(device)], [t.contiguous().to(device) for t in targets.unbind(1)]
+
+    def take(self, source: JEPA) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            save_official(source, Path(folder) / "weights.pth.tar")
+            state = torch.load(Path(folder) / "weights.pth.tar")
+        for name, module in (("encoder", self.encoder), ("predictor", self.predictor), ("target_encoder", self.target)):
+            module.load_state_dict({key.removeprefix("module."): value for key, value in state[name].items()})
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
+    def hidden(self) -> Tensor:
+        with torch.no_grad():
+            features = self.target(self.images)
+            return self.apply_masks(F.layer_norm(features, features.shape[-1:]), self.targets)
+
+    def forward(self) -> Tensor:
+        with self.autocast():
+            hidden = self.hidden()
+            return F.smooth_l1_loss(
+                self.predictor(self.encoder(self.images, self.context), self.context, self.targets), hidden
+            )
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        return float(self.forward())
+
+    def step(self) -> None:
+        loss = self.forward()
+        loss.backward()
+        self.optimizer.step()
+        self.grad_logger(self.encoder.named_parameters())
+        self.optimizer.zero_grad()
+        self.average()
+        float(loss.detach())
+
+    @torch.no_grad()
+    def average(self) -> None:
+        for source, target in zip(self.encoder.parameters(), self.target.parameters(), strict=True):
+            target.data.mul_(DECAY).add_((1.0 - DECAY) * source.detach().data)
+
+    def parts(self) -> dict[str, Callable[[], object]]:
+        def target() -> None:
+            with self.autocast():
+                self.hidden()
+
+        def encode() -> Tensor:
+            with self.autocast():
+                return self.encoder(self.images, self.context)
+
+        features = encode().detach().requires_grad_()
+
+        def predictor() -> None:
+            with self.autocast():
+                out = self.predictor(features, self.context, self.targets)
+            out.float().square().mean().backward()
+
+        def optimizer() -> None:
+            self.optimizer.step()
+            self.grad_logger(self.encoder.named_parameters())
+            self.optimizer.zero_grad()
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+        both: list[nn.Module] = [self.encoder, self.predictor]
+        gradients = [(p, torch.randn_like(p)) for m in both for p in m.parameters() if p.requires_grad]
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        return {
+            "target": target,
+            "context": lambda: encode().float().square().mean().backward(),
+            "predictor": predictor,
+            "optimizer": optimizer,
+            "ema": self.average,
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
