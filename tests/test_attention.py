@@ -1,0 +1,144 @@
+"""Backends: what a variable-length kernel is called with, what is chosen where, and that the model's values are the same."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_fast.config import replace
+from jepa_fast.data.masks import sample_masks
+from jepa_fast.data.packing import Ladder, plan
+from jepa_fast.model import attention, predictor, vit
+from jepa_fast.model.attention import Sequences, attend
+from jepa_fast.model.jepa import JEPA
+from jepa_fast.presets import preset
+
+
+class FlashAttn:
+    """A stand-in with the signature and the contract of flash_attn 2.7's flash_attn_varlen_func; records its calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+        return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        assert q.dim() == k.dim() == v.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:]
+        assert all(x.stride(-1) == 1 for x in (q, k, v))
+        assert isinstance(max_seqlen_q, int) and isinstance(max_seqlen_k, int)
+        for cu, total, longest in ((cu_seqlens_q, len(q), max_seqlen_q), (cu_seqlens_k, len(k), max_seqlen_k)):
+            assert cu.dtype == torch.int32 and cu.is_contiguous() and cu.dim() == 1
+            assert cu[0] == 0 and cu[-1] == total and (cu.diff() >= 0).all() and cu.diff().max() <= longest
+        assert len(cu_seqlens_q) <= len(cu_seqlens_k) or len(cu_seqlens_q) == len(cu_seqlens_k)
+        self.calls.append((len(q), len(k), len(cu_seqlens_k) - 1, max_seqlen_q, max_seqlen_k))
+        out = torch.full_like(q, torch.nan)  # what no sequence covers is never written
+        parts = []
+        for begin in range(len(cu_seqlens_q) - 1):
+            rows, keys = slice(*cu_seqlens_q[begin : begin + 2]), slice(*cu_seqlens_k[begin : begin + 2])
+            scores = torch.einsum("nhd,mhd->hnm", q[rows], k[keys]) / math.sqrt(q.shape[-1])
+            parts.append(torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v[keys]))
+        return out.copy_(torch.cat(parts)) if not q.requires_grad else torch.cat(parts)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    stand_in = FlashAttn()
+    monkeypatch.setattr(attention, "_VARLEN", stand_in)
+    for module in (vit, predictor):
+        monkeypatch.setattr(module, "uses_varlen", lambda x: True)
+    return stand_in
+
+
+def _case():
+    small = {"model.width": 32, "model.predictor_width": 16, "model.predictor_heads": 2, "model.init_std": 0.2}
+    config = replace(preset("digits"), small)
+    torch.manual_seed(0)
+    samples = np.arange(4)
+    masks = sample_masks(replace(config, {"masks.group": 2}).masks, (8, 8), 0, 0, np.zeros_like(samples), samples)
+    return JEPA(config), torch.randn(4, 1, 32, 32), masks
+
+
+def _values(jepa, inputs, chosen):
+    jepa.zero_grad()
+    output = jepa(inputs, chosen)
+    output.loss.backward()
+    return [output.loss.detach(), output.context, *(p.grad.clone() for p in jepa.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("rungs", [None, Ladder((300,), (1400,), 63, 80, 20)])
+def test_a_variable_length_kernel_is_called_by_its_contract_and_gives_the_padded_values(flash, monkeypatch, rungs):
+    jepa, inputs, masks = _case()
+    chosen = plan(masks, 64, rungs)
+    got = _values(jepa, inputs, chosen)
+    depth = len(jepa.context_encoder.blocks)
+    total = 300 if rungs else len(masks.context)
+    assert len(flash.calls) == depth + len(jepa.predictor.blocks)
+    assert all(call[0] == call[1] == total for call in flash.calls[:depth])
+    assert flash.calls[-1][:2] == (
+        len(masks.targets),
+        len(chosen.predictor_order),
+    )  # the last block: targets ask, all answer
+    if rungs:  # shapes, lengths and the number of sequences are the bucket's, whatever the batch
+        assert {call[3:] for call in flash.calls[:depth]} == {(63, 63)}
+        assert {call[2] for call in flash.calls[:depth]} == {4 + math.ceil(300 / 63)}
+
+    for module in (vit, predictor):
+        monkeypatch.setattr(module, "uses_varlen", lambda x: False)
+    for a, b in zip(got, _values(jepa, inputs, plan(masks, 64)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_torchs_own_kernel_takes_the_same_seven_arguments():
+    varlen = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
+    names = list(inspect.signature(varlen).parameters.values())
+    assert [p.name for p in names[:5]] == ["query", "key", "value", "cu_seq_q", "cu_seq_k"]
+    assert all(p.default is not inspect.Parameter.empty for p in names[7:]), "no further argument is required"
+
+
+def test_it_has_no_cpu_kernel_which_is_why_cpus_take_padded_batches():
+    assert attention.choose_backend.__wrapped__(torch.device("cpu"), True) == ("sdpa", "no CUDA device: padded batches")
+    assert not attention.uses_varlen(torch.zeros(2, 2, dtype=torch.bfloat16))
+
+
+def test_the_backend_and_its_reason_on_cuda(monkeypatch):
+    cuda, choose = torch.device("cuda"), attention.choose_backend.__wrapped__
+    import torch.nn.attention as torch_attention
+
+    for name, reason in (
+        ("_NAME", "varlen_attn"),
+        ("_VARLEN", FlashAttn()),
+        ("_REASON", "torch's variable-length flash kernel"),
+    ):
+        monkeypatch.setattr(attention, name, reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose(cuda, False)[0] == "sdpa"
+    assert choose(cuda, True) == ("varlen_attn", "torch's variable-length flash kernel")
+
+    activated = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch_attention, "activate_flash_attention_impl", activated.append, raising=False)
+    assert choose(cuda, True)[1].endswith("FlashAttention 3") and activated == ["FA3"]
+
+    def absent(name):
+        raise ModuleNotFoundError("No module named 'flash_attn_interface'")
+
+    monkeypatch.setattr(torch_attention, "activate_flash_attention_impl", absent, raising=False)
+    assert "FlashAttention 2 (3 is not available: No module named 'flash_attn_interface')" in choose(cuda, True)[1]
+
+
+@pytest.mark.parametrize("bucket", [0, 30])
+def test_queries_may_be_fewer_than_keys(bucket):
+    torch.manual_seed(0)
+    cu_q, cu_k = torch.tensor([0, 2, 3, 7], dtype=torch.int32), torch.tensor([0, 5, 6, 23], dtype=torch.int32)
+    q, k, v = torch.randn(7, 2, 8), torch.randn(bucket or 23, 2, 8), torch.randn(bucket or 23, 2, 8)
+    got = attend(q, k, v, Sequences.of(cu_q, 4, 7), Sequences.of(cu_k, 20, 23, bucket))
+    for s in range(3):
+        rows, keys = slice(*cu_q[s : s + 2]), slice(*cu_k[s : s + 2])
+        scores = torch.einsum("nhd,mhd->hnm", q[rows], k[keys]) / math.sqrt(8)
+        torch.testing.assert_close(
+            got[rows], torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v[keys]), rtol=1e-4, atol=1e-5
+        )

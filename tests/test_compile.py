@@ -1,0 +1,110 @@
+"""Compiled blocks: the values of eager ones, every graph before the first step, none after it, no break in a block."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_fast.config import replace
+from jepa_fast.data.masks import sample_masks
+from jepa_fast.data.packing import Ladder, plan
+from jepa_fast.errors import UsageError
+from jepa_fast.model.compile import compile_blocks, compiles, num_graphs, warm_up
+from jepa_fast.model.jepa import JEPA
+from jepa_fast.presets import preset
+
+RUNGS = Ladder((260, 504), (1300, 2496), 63, 78, 15)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _config(**changes):
+    small = {
+        "model.width": 16, "model.depth": 2, "model.heads": 2, "model.predictor_width": 16, "model.predictor_heads": 2,
+        "train.batch_size": 8, "masks.group": 4, "model.init_std": 0.2,
+    }  # fmt: skip
+    return replace(preset("digits"), small | changes).check()
+
+
+def _masks(config, step):
+    samples = np.arange(8) + 8 * step
+    return sample_masks(config.masks, config.grid, 0, step, np.zeros_like(samples), samples)
+
+
+def _gradients(jepa, inputs, chosen):
+    jepa.zero_grad()
+    output = jepa(inputs, chosen)
+    output.loss.backward()
+    return [output.loss.detach(), output.context, *(p.grad.clone() for p in jepa.parameters() if p.requires_grad)]
+
+
+def test_after_warm_up_nothing_is_compiled_and_values_are_those_of_eager_blocks():
+    config = _config()
+    jepa, twin = JEPA(config), JEPA(config)
+    twin.load_state_dict(jepa.state_dict())
+    names, before = list(jepa.state_dict()), {n: v.clone() for n, v in jepa.state_dict().items()}
+    random = torch.get_rng_state()
+    torch._dynamo.utils.counters.clear()
+
+    compile_blocks(jepa, backend="aot_eager")
+    warm_up(jepa, config, RUNGS, 8, CPU, contextlib.nullcontext)
+
+    # Context encoder: a graph a rung. Target encoder: one. Predictor: a graph a rung, and one for its last block.
+    graphs = num_graphs()
+    assert graphs == 2 + 1 + 2 + 1
+    assert list(jepa.state_dict()) == names and all(torch.equal(v, before[n]) for n, v in jepa.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state()) and all(p.grad is None for p in jepa.parameters())
+
+    inputs, totals = torch.randn(8, 1, 32, 32), set()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(12):
+            masks = _masks(config, step)
+            got = _gradients(jepa, inputs, plan(masks, 64, RUNGS))
+            totals.add(len(masks.context))
+            if step % 4 == 0:
+                for a, b in zip(got, _gradients(twin, inputs, plan(masks, 64)), strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert len(totals) > 5 and num_graphs() == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_the_monitors_passes_compile_nothing():
+    config = _config()
+    jepa = JEPA(config)
+    compile_blocks(jepa, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    from jepa_fast.monitor import CollapseMonitor
+
+    monitor = CollapseMonitor(config, None, torch.randn(5, 1, 32, 32), CPU)
+    assert monitor.examine(jepa)["discrepancy/full"] == 0
+    assert num_graphs() == 0
+
+
+def test_blocks_are_compiled_where_it_pays_or_is_asked_for():
+    cuda, wide = torch.device("cuda"), preset("in1k-vitb16")
+    assert compiles(wide, cuda) and not compiles(wide, CPU)
+    assert not compiles(preset("demo"), cuda), "a tiny model is done before it is compiled"
+    assert compiles(_config(**{"model.compile": "on"}), CPU)
+    assert not compiles(replace(wide, {"model.compile": "off"}), cuda)
+    with pytest.raises(UsageError, match=r"--model\.cuda_graphs.*--model\.compile"):
+        _config(**{"model.cuda_graphs": True, "model.compile": "off"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["none", "selective"])
+def test_inductors_blocks_give_eager_values(how):
+    config = _config(**{"model.recompute": how})
+    jepa, twin = JEPA(config), JEPA(_config())
+    twin.load_state_dict(jepa.state_dict())
+    compile_blocks(jepa)
+    inputs, masks = torch.randn(8, 1, 32, 32), _masks(config, 0)
+    got = _gradients(jepa, inputs, plan(masks, 64, Ladder((504,), (2496,), 63, 78, 15)))
+    for a, b in zip(got, _gradients(twin, inputs, plan(masks, 64)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,71 @@
+"""MaskPlan's rows, and the ladder of buckets that token totals are rounded up to."""
+
+import numpy as np
+import pytest
+
+from jepa_fast.config import replace
+from jepa_fast.data.masks import MaskBatch, sample_masks
+from jepa_fast.data.packing import Ladder, ladder, plan
+from jepa_fast.presets import preset
+
+ANY = Ladder((10, 20), (40,), 9, 12, 5)
+
+
+def test_a_plan_names_rows_of_images_and_of_sequences():
+    masks = MaskBatch(np.array([0, 3, 1]), np.array([2, 1]), np.array([1, 2, 0]), np.array([1, 1]), 1)
+    masks = MaskBatch(masks.context, masks.context_lengths, np.array([1, 2, 0, 3]), masks.target_lengths, 2)
+    chosen = plan(masks, 4)
+    assert chosen.context_rows.tolist() == [0, 3, 5] and chosen.target_rows.tolist() == [1, 2, 4, 7]
+    # image 0: [its two context tokens, target] twice; image 1: [its one, target] twice. Mask tokens follow context's.
+    assert chosen.predictor_order.tolist() == [0, 1, 3, 0, 1, 4, 2, 5, 2, 6]
+    assert chosen.predictor_targets.tolist() == [2, 5, 7, 9]
+    assert chosen.predictor_cu.tolist() == [0, 3, 6, 8, 10] and chosen.target_cu.tolist() == [0, 1, 2, 3, 4]
+    assert (chosen.context_max, chosen.predictor_max, chosen.target_max, chosen.num_inputs) == (2, 3, 1, 2)
+    assert chosen.context_bucket == chosen.predictor_bucket == 0
+    assert float(chosen.target_weight.sum()) == pytest.approx(1)
+
+
+def test_a_ladder_rounds_totals_up_and_fixes_lengths():
+    masks = MaskBatch(np.arange(11), np.array([6, 5]), np.array([1, 2]), np.array([1, 1]), 1)
+    chosen = plan(masks, 16, ANY)
+    assert (chosen.context_bucket, chosen.predictor_bucket) == (20, 40)
+    assert (chosen.context_max, chosen.predictor_max, chosen.target_max) == (9, 12, 5)
+    assert [Ladder.rung((10, 20), n) for n in (1, 10, 11, 20, 21, 45)] == [10, 10, 20, 20, 40, 60]
+
+
+CASES = [
+    ("in1k-vitb16", "packed", 64, 2048),
+    ("in1k-vitb16", "reference", 128, 128),
+    ("in1k-vith14", "fixed", 128, 2048),
+    ("in1k-vith14", "subsampled", 64, 64),
+    ("textures", "packed", 64, 64),
+    ("demo", "bernoulli", 32, 32),
+]
+
+
+@pytest.mark.parametrize("name, mode, share, batch", CASES)
+def test_on_batches_it_never_saw_padding_is_three_per_cent_at_most_and_nothing_is_too_long(name, mode, share, batch):
+    config = replace(preset(name), {"masks.mode": mode, "train.batch_size": batch})
+    rungs = ladder(config, share)
+    assert len(rungs.context) <= 18 and len(rungs.predictor) <= 18
+    padded, real = np.zeros(2), np.zeros(2)
+    for step in range(5000, 5080):
+        samples = np.arange(batch) + step * batch
+        masks = sample_masks(config.masks, config.grid, 7, step, np.zeros_like(samples), samples, 0, share)
+        chosen = plan(masks, config.num_tokens, rungs)
+        assert chosen.context_bucket in rungs.context and chosen.predictor_bucket in rungs.predictor
+        assert chosen.context_max == rungs.context_max and chosen.predictor_max == rungs.predictor_max
+        assert chosen.target_max == rungs.target_max
+        padded += [chosen.context_bucket, chosen.predictor_bucket]
+        real += [len(chosen.context_index), len(chosen.predictor_order)]
+    assert (padded / real <= 1.03).all(), padded / real - 1
+
+
+def test_where_totals_cannot_vary_there_is_one_rung_and_no_padding():
+    config = preset("demo")  # exactly 7 of 10 hidden
+    assert ladder(config, 32) == Ladder((96,), (320,), 3, 10, 7)
+
+
+def test_the_ladder_is_the_same_on_every_process():
+    config = replace(preset("textures"), {"train.batch_size": 64})
+    assert ladder(config, 32) == ladder(config, 32)
