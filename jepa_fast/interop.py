@@ -129,15 +129,14 @@ def _tensors(raw: dict[str, Any], part: str, where: str) -> dict[str, Tensor]:
 
 def _config(parts: dict[str, dict[str, Tensor]], heads: int | None, predictor_heads: int | None, where: str) -> Config:
     """The configuration whose JEPA has the shapes of `parts`; what no part tells is as small as can be."""
-    encoder = parts.get("context_encoder") or parts.get("target_encoder")
-    predictor = parts.get("predictor")
+    encoder, predictor = parts.get("context_encoder", parts.get("target_encoder")), parts.get("predictor")
     channels, patch, width, depth, hidden, narrow, narrow_hidden = 3, 1, 0, 1, 0, 0, 0
     try:
-        tokens = (encoder or predictor or {})["positions"].shape[1]
-        if encoder:
+        tokens = next(iter(parts.values()))["positions"].shape[1]
+        if encoder is not None:
             width, channels, patch = encoder["patch_embed.weight"].shape[:3]
             depth, hidden = _depth(encoder), encoder["blocks.0.mlp.fc1.weight"].shape[0]
-        if predictor:
+        if predictor is not None:
             narrow, width = predictor["embed.weight"].shape
             narrow_hidden = predictor["blocks.0.mlp.fc1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
