@@ -11,12 +11,9 @@ few context tokens has all its locations drawn again, a bounded number of times,
 min_keep is the fewest tokens that will do, where I-JEPA asks for one more.
 """
 
-import argparse
 import importlib
 import math
-import statistics
 import sys
-import time
 import typing
 import warnings
 from dataclasses import dataclass
@@ -28,8 +25,7 @@ import numpy as np
 
 from jepa_fast.config import Masks
 from jepa_fast.data import masks_reference as reference
-from jepa_fast.data.masks_reference import BLOCKLESS, MODES, ROWS, SIZES, Drawn, check_setting, refuse, stream_keys
-from jepa_fast.errors import UsageError, one_line_errors
+from jepa_fast.data.masks_reference import BLOCKLESS, ROWS, SIZES, Drawn, check_setting, refuse, stream_keys
 
 EXTENSION_ABI = 1  # of jepa_fast_C; raised together with the C++ side
 TRIES = 1000  # draws of one row's locations before the setting is refused
@@ -187,77 +183,7 @@ def _refuse_context(config: Masks) -> NoReturn:
     refuse(config, name, "targets hardly ever leave so many; give fewer, or a smaller --masks.target_scale")
 
 
-# ---- report: python -m jepa_fast.data.masks --report --------------------------------------------
-
-_HEADER = """
-context: tokens an image shows the context encoder, after any cut.   target: tokens of one block.
-hidden: share of the grid outside the context.   covered: share of it inside a target.
-top: share of the context in the upper half of the grid.   thrown: visible tokens that a cut or subsample drops.
-even: exp(entropy) of the positions used, over tokens of the grid; 1 where all are used alike.
-us: microseconds an image, median over batches, of the Python and the C++ sampler.
-
-mode         context  min  max  target  hidden  covered   top  thrown  even:context  even:target  us:python  us:cpp"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; --help lists the options")
-
-
-@one_line_errors
-def main(argv: list[str] | None = None) -> None:
-    """Print what each mode really draws, and how fast."""
-    parser = _Parser(prog="python -m jepa_fast.data.masks", description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("--report", action="store_true", required=True)
-    parser.add_argument("--mode", choices=MODES, help="only this one")
-    parser.add_argument("--grid", type=int, nargs="+", default=[14, 14], help="rows and columns, or patches")
-    parser.add_argument("--masks.group", dest="group", type=int, default=Masks.group)
-    parser.add_argument("--masks.min_keep", dest="min_keep", type=int, help="default 10, without blocks 1")
-    for name, value in (("batch", 128), ("batches", 20), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    args = parser.parse_args(argv)
-    if min(args.batch, args.batches, args.group, *args.grid) < 1:
-        raise UsageError("--batch, --batches, --masks.group and --grid must be at least 1")
-    grid = tuple(args.grid)
-    lines = []
-    for mode in [args.mode] if args.mode else [m for m in MODES if len(grid) == 2 or m in BLOCKLESS]:
-        num_targets, min_keep = (1, 1) if mode in BLOCKLESS else (Masks.num_targets, Masks.min_keep)
-        config = Masks(mode, num_targets, group=args.group, min_keep=args.min_keep or min_keep)
-        check_masks(config, grid)
-        lines.append(_line(config, grid, args.seed, args.batch, args.batches))
-    shape = "x".join(map(str, grid))
-    print(f"grid {shape}, {args.batches} batches of {args.batch}, groups of {args.group}, seed {args.seed}")
-    print("\n".join([_HEADER, *lines]))
-
-
-def _line(config: Masks, grid: tuple[int, ...], seed: int, batch: int, batches: int) -> str:
-    num_tokens, micros = math.prod(grid), {}
-    backends: tuple[Backend, ...] = ("python", "cpp") if extension() else ("python",)
-    for backend in backends:
-        drawn, times = [], []
-        for step in range(batches):
-            began = time.perf_counter()
-            rows = np.arange(step * batch, (step + 1) * batch)
-            drawn.append(sample_masks(config, grid, seed, step, np.zeros_like(rows), rows, backend=backend))
-            times.append((time.perf_counter() - began) / batch * 1e6)
-        micros[backend] = f"{statistics.median(times):.2f}"
-    lengths, sizes, context, targets = (
-        np.concatenate([getattr(m, k) for m in drawn])
-        for k in ("context_lengths", "target_lengths", "context", "targets")
-    )
-    image_of_target = np.repeat(np.arange(len(sizes)), sizes * drawn[0].num_targets)
-    covered = len(np.unique(image_of_target * num_tokens + targets))
-    visible = sum(_visible(config, grid, seed, step, batch) for step in range(batches))
-    even = [_evenness(np.bincount(t, minlength=num_tokens)) for t in (context, targets)]
-    return (
-        f"{config.mode:<11} {lengths.mean():8.1f} {lengths.min():4d} {lengths.max():4d} {sizes.mean():7.1f} "
-        f"{1 - lengths.mean() / num_tokens:7.3f} {covered / len(sizes) / num_tokens:8.3f} "
-        f"{np.mean(context < num_tokens // 2):5.3f} {1 - len(context) / visible:7.3f} "
-        f"{even[0]:13.3f} {even[1]:12.3f} {micros['python']:>10} {micros.get('cpp', '-'):>7}"
-    )
-
-
-def _visible(config: Masks, grid: tuple[int, ...], seed: int, step: int, batch: int) -> int:
+def visible_before_cut(config: Masks, grid: tuple[int, ...], seed: int, step: int, batch: int) -> int:
     """Context tokens of the whole batch before any cut or subsample."""
     keys = stream_keys(seed, ROWS, 0, np.arange(step * batch, (step + 1) * batch))
     sizes = _group_sizes(config, grid, seed, step, np.arange(batch) // config.group)
@@ -265,9 +191,11 @@ def _visible(config: Masks, grid: tuple[int, ...], seed: int, step: int, batch: 
     return len(drawn[0]) if drawn else 0
 
 
-def _evenness(counts: np.ndarray) -> float:
-    share = counts[counts > 0] / counts.sum()
-    return float(np.exp(-(share * np.log(share)).sum())) / len(counts)
+def main(argv: list[str] | None = None) -> int:
+    """python -m jepa_fast.data.masks --report: see `mask_report`."""
+    from jepa_fast.data import mask_report
+
+    return mask_report.main(argv)
 
 
 if __name__ == "__main__":
