@@ -1,7 +1,8 @@
 """Ragged self-attention, forward and backward, on the lengths that `packed` masks really leave.
 
-    python -m benchmarks.bench_attention                  # CPU: padded, one sequence at a time, block-diagonal mask
-    python -m benchmarks.bench_attention --device cuda    # and the variable-length kernel that a run would use
+    python -m benchmarks.bench_attention [--device cuda]
+
+`ours` is what a run uses: a variable-length kernel on CUDA, on a CPU one call for each run of equal lengths.
 
 Shapes are those of the context encoder (B/16 and S/16 at 224 pixels). A provider is timed only if values and
 gradients are those of one sequence at a time.
@@ -9,6 +10,7 @@ gradients are those of one sequence at a time.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,33 +38,37 @@ def main(argv: list[str] | None = None) -> int:
     attention.choose_backend(bench.device, cuda)
     rows = np.arange(batch)
     lengths = sample_masks(Masks("packed"), (14, 14), 0, 0, np.zeros_like(rows), rows).context_lengths.tolist()
-    cu = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=bench.device)
     total, longest = sum(lengths), max(lengths)
     print(
         f"{batch} sequences of {min(lengths)} to {longest} tokens, {total} in all, {1 - total / batch / longest:.0%} of a padded batch is padding"
     )
     for name, heads in list(HEADS.items())[: 1 if args.tiny else None]:
-        torch.manual_seed(0)
-        q, k, v, grad = (torch.randn(total, heads, WIDTH, device=bench.device, dtype=dtype) for _ in range(4))
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        ways: dict[str, Callable[[], Tensor]] = {
-            "one_at_a_time": lambda: one_at_a_time(q, k, v, lengths),
-            "padded": lambda: attend(q, k, v, *[Sequences.of(cu, longest, total)] * 2),
-            "block_diagonal": lambda: block_diagonal(q, k, v, cu, total),
-        }
-        if attention.uses_varlen(q):
-            ways["varlen"] = lambda: attend(q, k, v, *[Sequences.of(cu, longest, total, varlen=True)] * 2)
-        reference = backward(ways["one_at_a_time"], leaves, grad)
-        case = bench.case(f"{name} b{batch}", str(dtype).removeprefix("torch."))
-        for way, call in ways.items():
-            run = lambda c=call: backward(c, leaves, grad)  # noqa: E731
-            case.add(way, run, check=lambda r=run: close(r(), reference))
-        if case.run():
-            work = 12.0 * sum(n * n for n in lengths) * heads * WIDTH  # forward, and twice that backward
-            case.rate("work", "GFLOP/s", work / 1e9)
-            case.speedup("over_one_at_a_time", over="one_at_a_time")
-            print(case.table(), flush=True)
+        measure(bench, f"{name} b{batch}", heads, lengths, dtype)
     return bench.close()
+
+
+def measure(bench: Bench, shape: str, heads: int, lengths: list[int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    cu = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=bench.device)
+    total, longest = sum(lengths), max(lengths)
+    q, k, v, grad = (torch.randn(total, heads, WIDTH, device=bench.device, dtype=dtype) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    ways: dict[str, Callable[[], Tensor]] = {
+        "one_at_a_time": lambda: one_at_a_time(q, k, v, lengths),
+        "ours": lambda: attend(q, k, v, *[Sequences.of(cu, longest, total, varlen=attention.uses_varlen(q))] * 2),
+        "padded": lambda: attend(q, k, v, *[Sequences.of(cu, longest, total, bucket=total)] * 2),
+        "block_diagonal": lambda: block_diagonal(q, k, v, cu, total),
+    }
+    reference = backward(ways["one_at_a_time"], leaves, grad)
+    case = bench.case(shape, str(dtype).removeprefix("torch."))
+    for way, call in ways.items():
+        run = partial(backward, call, leaves, grad)
+        case.add(way, run, check=lambda run=run: close(run(), reference))
+    if case.run():
+        work = 12.0 * sum(n * n for n in lengths) * heads * WIDTH  # forward, and twice that backward
+        case.rate("work", "GFLOP/s", work / 1e9)
+        case.speedup("over_one_at_a_time", over="one_at_a_time")
+        print(case.table(), flush=True)
 
 
 def one_at_a_time(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:

@@ -130,15 +130,39 @@ def test_the_backend_and_its_reason_on_cuda(monkeypatch):
     assert "FlashAttention 2 (3 is not available: No module named 'flash_attn_interface')" in choose(cuda, True)[1]
 
 
-@pytest.mark.parametrize("bucket", [0, 30])
-def test_queries_may_be_fewer_than_keys(bucket):
+@pytest.mark.parametrize("bucket, long", [(0, 64), (30, 64), (0, 1)])
+def test_queries_may_be_fewer_than_keys(bucket, long, monkeypatch):
+    monkeypatch.setattr(attention, "LONG", long)
     torch.manual_seed(0)
     cu_q, cu_k = torch.tensor([0, 2, 3, 7], dtype=torch.int32), torch.tensor([0, 5, 6, 23], dtype=torch.int32)
     q, k, v = torch.randn(7, 2, 8), torch.randn(bucket or 23, 2, 8), torch.randn(bucket or 23, 2, 8)
     got = attend(q, k, v, Sequences.of(cu_q, 4, 7), Sequences.of(cu_k, 20, 23, bucket))
+    assert (Sequences.of(cu_k, 20, 23, bucket).lengths is not None) == (long == 1)
     for s in range(3):
         rows, keys = slice(*cu_q[s : s + 2]), slice(*cu_k[s : s + 2])
         scores = torch.einsum("nhd,mhd->hnm", q[rows], k[keys]) / math.sqrt(8)
         torch.testing.assert_close(
             got[rows], torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v[keys]), rtol=1e-4, atol=1e-5
         )
+
+
+def test_sequences_of_one_length_share_a_call_and_gradients_are_those_of_a_padded_batch(monkeypatch):
+    lengths = [40, 40, 40, 7, 7, 90, 40]
+    cu, total = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), sum(lengths)
+    calls = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(q, *args, **kwargs):
+        calls.append(tuple(q.shape))
+        return original(q, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    torch.manual_seed(0)
+    qkv, results = torch.randn(total, 3, 2, 8, requires_grad=True), []
+    for bucket in (0, total):
+        sequences = Sequences.of(cu, 90, total, bucket)
+        out = attend(*qkv.unbind(1), sequences, sequences)
+        results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
+    assert calls == [(3, 2, 40, 8), (2, 2, 7, 8), (1, 2, 90, 8), (1, 2, 40, 8), (7, 2, 90, 8)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -1,14 +1,16 @@
 """Self-attention over packed sequences, one backend for the whole run.
 
 T tokens of S sequences lie in one [T, ...] tensor; `cu_seqlens` says where each begins. Sequences of equal length
-are a plain batch for SDPA. Ragged ones go to a variable-length flash kernel on CUDA in half precision, and elsewhere
-to SDPA on a padded batch with a key mask (measured fastest on CPU). Which one is settled when `Sequences` is made,
-once a forward, so that nothing inside a block depends on it.
+are a plain batch for SDPA. Ragged ones go to a variable-length flash kernel on CUDA in half precision; on a CPU to
+SDPA one length at a time, if they are long enough for that; elsewhere to SDPA on a padded batch with a key mask
+(benchmarks/bench_attention.py compares them). Which one is settled when `Sequences` is made, once a forward, so that
+nothing inside a block depends on it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ from torch import Tensor, nn
 # Shape legend: T packed tokens, Tq of them that ask, S sequences, n longest sequence, H heads, d head width, D = H * d.
 
 HALF = (torch.float16, torch.bfloat16)
+LONG = (
+    64  # tokens of neighbouring sequences of equal length from which a call of their own beats a padded batch's share
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Sequences:
         None  # int64 [T], a token's row in the padded [S * n] layout; None: dense, or a varlen kernel
     )
     mask: Tensor | None = None  # bool [S, 1, 1, n], which slots hold a token
+    lengths: tuple[int, ...] | None = None  # of the S sequences, where each length is to have a call of its own
 
     @staticmethod
     def of(cu_seqlens: Tensor, max_len: int, total: int, bucket: int = 0, varlen: bool = False) -> "Sequences":
@@ -50,6 +56,10 @@ class Sequences:
                 spare = torch.arange(1, -(-bucket // max_len) + 1, dtype=torch.int32, device=device)
                 cu_seqlens = torch.cat([cu_seqlens, (total + spare * max_len).clamp_(max=bucket).int()])
             return Sequences(cu_seqlens, count, max_len, uniform=False)
+        if not bucket and device.type == "cpu":
+            lengths = tuple(cu_seqlens.diff().tolist())
+            if sum(1 for _ in groupby(lengths)) * LONG <= total:
+                return Sequences(cu_seqlens, count, max_len, uniform=False, lengths=lengths)
         starts = cu_seqlens[:-1].long()
         sequence = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=total)
         shift = torch.arange(count, device=device) * max_len - starts
@@ -142,8 +152,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences)
     """softmax(q k^T / sqrt(d)) v inside each sequence: q [Tq, H, d], k and v [T, H, d] -> [Tq, H, d]."""
     if _VARLEN is not None and keys.slots is None and not (queries.uniform and keys.uniform):
         return _VARLEN(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_len, keys.max_len)
+    if keys.lengths is not None:
+        return _length_by_length(q, k, v, queries, keys)
     out = F.scaled_dot_product_attention(queries.batch(q), keys.batch(k), keys.batch(v), attn_mask=keys.mask)
     return queries.unbatch(out)
+
+
+def _length_by_length(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences) -> Tensor:
+    """A call for each run of neighbouring sequences with equally many queries and keys, without padding or mask."""
+    assert keys.lengths is not None
+    asking = queries.lengths or tuple(queries.cu_seqlens.diff().tolist())
+    runs = [(*pair, len(list(same))) for pair, same in groupby(zip(asking, keys.lengths, strict=True))]
+    of_queries, of_keys = [n * count for n, _, count in runs], [n * count for _, n, count in runs]
+    out = []
+    for (_, _, count), *parts in zip(runs, q.split(of_queries), k.split(of_keys), v.split(of_keys), strict=True):
+        batch = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in parts)  # [count, H, n, d]
+        out.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)
 
 
 class Attention(nn.Module):
