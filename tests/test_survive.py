@@ -126,6 +126,23 @@ def test_the_slurm_script_queues_again_what_was_stopped_and_nothing_else(status,
     assert ("scontrol requeue 7" in told) is requeued and done.returncode == (0 if requeued else status)
 
 
+@pytest.mark.dist
+@pytest.mark.slow
+def test_four_processes_then_two_then_one_then_two_see_every_sample_once():
+    longer = ["--run.dir", "x", "--train.steps", "16"]
+    go("--run.dir", "whole", "--train.steps", "16")
+    legs = [(4, [*longer, "--parallel.mode", "fsdp"], 3), (2, [*longer, "--resume", "--parallel.mode", "hsdp", "--parallel.shards", "1"], 7),
+            (2, [*longer, "--resume", "--parallel.mode", "fsdp"], None)]  # fmt: skip
+    assert together(4, stopped_and_resumed, [legs[0][1:]]) == [[75]] * 4
+    assert together(2, stopped_and_resumed, [legs[1][1:]]) == [[75]] * 2
+    with pytest.MonkeyPatch.context() as patched:
+        signalled_at(11, signal.SIGTERM, patched)
+        assert go(*longer, "--resume", "--parallel.mode", "single") == 75
+    assert together(2, stopped_and_resumed, [legs[2][1:]]) == [[0]] * 2
+    agree("x", "whole", tolerance=1e-3)
+    assert [e["processes"] for e in read(Path("x/events.jsonl")) if e["kind"] == "resume"] == [2, 1, 2]
+
+
 # ---- restarts, locks ------------------------------------------------------------------------------
 
 
@@ -180,6 +197,38 @@ def test_a_folder_that_another_run_took_meanwhile_is_refused(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(UsageError, match="taken by another run just now"):
         rundir.claim(Config(), tmp_path / "x", new=True)
+
+
+FALLS_ONCE = """
+import os, sys
+from jepa_fast import train
+from jepa_fast.clock import Clock
+
+real = Clock.begin
+def begin(self, step, waited):
+    real(self, step, waited)
+    if step == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os._exit(9)
+Clock.begin = begin
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_torchrun_starts_a_fallen_job_again_and_it_goes_on_in_its_own_folder(tmp_path):
+    (tmp_path / "falls.py").write_text(FALLS_ONCE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    ddp = ["--parallel.mode", "ddp"]
+    done = subprocess.run(
+        [*launcher, "falls.py", *TINY, *ddp], capture_output=True, text=True, env=environment, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    assert [f.name for f in Path("runs").iterdir()] == ["demo-1"]
+    assert [e["step"] for e in read(Path("runs/demo-1/events.jsonl")) if e["kind"] == "resume"] == [3]
+    go("--run.dir", "whole")
+    agree("runs/demo-1", "whole")
 
 
 # ---- bad company ----------------------------------------------------------------------------------
@@ -278,6 +327,16 @@ def test_a_spike_between_two_records_is_recorded(monkeypatch):
     assert go("--run.dir", "x", "--train.steps", "24", "--monitor.every", "50", "--optim.lr", "1e-6") == 0
     spikes = [e for e in read(Path("x/events.jsonl")) if e["kind"] == "loss_spike"]
     assert [e["step"] for e in spikes] == [22] and spikes[0]["loss"] > 10 * spikes[0]["level"]
+
+
+def test_deterministic_asks_torch_for_it_and_repeats(monkeypatch):
+    try:
+        for name in ("a", "b"):
+            assert go("--run.dir", name, "--train.deterministic", "True", "--train.steps", "3") == 0
+            assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert metrics("a") == metrics("b")
 
 
 # ---- on request -----------------------------------------------------------------------------------

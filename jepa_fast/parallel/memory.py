@@ -16,7 +16,6 @@ from jepa_fast.parallel.world import World, check_split
 GB = 1e9
 USABLE = 0.85  # of a device's memory; the rest for the allocator, communication buffers and the kernels' workspaces
 ASSUMED = 80 * GB  # of a device, where there is none to ask
-MODES = ("ddp", "fsdp", "hsdp")
 
 
 @dataclass(frozen=True)
@@ -157,11 +156,15 @@ def dry_run(config: Config, size: int) -> str:
         f"device memory {capacity / GB:.0f} GB{'' if cuda else ' (assumed)'}, of which {USABLE:.0%} is counted on",
         "GB of one process:  weights, gradients, moments, target   gathered   activations (estimate)   total   sent in a step",
     ]
-    cuts = {"ddp": 1, "fsdp": size, "hsdp": config.parallel.shards or local_size}
-    for mode in MODES if size > 1 else ("ddp",):
-        n = need(config, mode, size, cuts[mode])
-        name = mode if size > 1 else "single"
-        name += f" over {cuts[mode]}" if mode == "hsdp" else ""
+    kept = replace(config, {"parallel.reshard_after_forward": False})
+    freed = replace(config, {"parallel.reshard_after_forward": True})
+    over = config.parallel.shards or local_size
+    rows = [("ddp" if size > 1 else "single", config, "ddp", 1)]
+    if size > 1:
+        rows += [("fsdp", freed, "fsdp", size), ("fsdp, no reshard", kept, "fsdp", size)]
+        rows += [(f"hsdp over {over}", freed, "hsdp", over)]
+    for name, variant, mode, cut in rows:
+        n = need(variant, mode, size, cut)
         lines.append(
             f"  {name:<17} {n.state / GB:39.2f} {n.gathered / GB:10.2f} {n.activations / GB:24.2f} {n.total / GB:7.2f} {n.traffic / GB:16.2f}"
         )
