@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from jepa_fast import parallel
+from jepa_fast.flops import utilisation
 from jepa_fast.parallel import World
 
 PHASES = ("target", "context", "backward", "optimizer", "ema")
@@ -19,13 +20,13 @@ PHASES = ("target", "context", "backward", "optimizer", "ema")
 class Clock:
     """Seconds by phase since the last report; and which step and phase this process is in, for the watchdog."""
 
-    def __init__(self, world: World):
-        self.world, self.cuda = world, world.device.type == "cuda"
+    def __init__(self, world: World, half: bool = False):
+        self.world, self.cuda, self.half = world, world.device.type == "cuda", half
         self.step, self.phase_now, self.began = 0, "set-up", time.monotonic()
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, Any, Any]] = []
         self._graphs: int | None = None
-        self._since, self._num_steps, self._num_tokens = time.monotonic(), 0, 0
+        self._since, self._num_steps, self._num_tokens, self._flops = time.monotonic(), 0, 0, 0.0
 
     def begin(self, step: int, waited: float = 0.0) -> None:
         """A step starts; its data were waited for so long, in seconds."""
@@ -33,9 +34,10 @@ class Clock:
         self._num_steps += 1
         self._seconds["data_wait"] += waited
 
-    def count(self, num_tokens: int) -> None:
-        """So many tokens went through the encoders."""
+    def count(self, num_tokens: int, flops: float = 0.0) -> None:
+        """So many tokens went through the encoders; so many operations that took, as `flops` counts them."""
         self._num_tokens += num_tokens
+        self._flops += flops
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -84,7 +86,8 @@ class Clock:
         record["time/other"] = max(0.0, took - sum(own[name] for name in ("data_wait", *PHASES))) / steps
         record["time/skew"] = (max(alone) - sum(alone) / len(alone)) / steps
         record["tokens_per_s"] = self._num_tokens * self.world.size / took
-        self._since, self._num_steps, self._num_tokens = time.monotonic(), 0, 0
+        record |= utilisation(self._flops / took, self.world.device, self.half)
+        self._since, self._num_steps, self._num_tokens, self._flops = time.monotonic(), 0, 0, 0.0
         return record | self._health()
 
     def _read(self) -> dict[str, float]:

@@ -188,8 +188,8 @@ class Parallel:
     """hsdp: processes that one copy of the model is cut over. 0: those of one machine."""
     reduce: Literal["fp32", "bf16"] = "fp32"
     """fsdp, hsdp: precision in which gradients are added up."""
-    recompute: bool = False
-    """Activation checkpointing: blocks with gradients compute their forward again in the backward, for memory."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing: what blocks compute again in the backward, for memory: all but products and attention, or all."""
     threads: int = 0
     """CPU threads of one process. 0: the machine's cores shared out over its processes."""
     start_timeout: float = 1800.0

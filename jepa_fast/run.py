@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from jepa_fast import checkpoint, log, optim, parallel, report, rundir, schedules, survive
 from jepa_fast.clock import Clock
 from jepa_fast.config import Config, get, replace, to_json
+from jepa_fast.data import packing
 from jepa_fast.data.dataset import Dataset, open_dataset
 from jepa_fast.data.loader import Loader
 from jepa_fast.data.masks import check_masks
@@ -25,6 +26,7 @@ from jepa_fast.ema import TargetEMA
 from jepa_fast.errors import UsageError
 from jepa_fast.log import Progress, RunLog
 from jepa_fast.model.attention import choose_backend
+from jepa_fast.model.compile import compiles, num_graphs, warm_up
 from jepa_fast.model.jepa import JEPA, Output
 from jepa_fast.monitor import FULL_INPUTS, CollapseMonitor, Examination, probes, sentence
 from jepa_fast.monitor.views import FixedMasks
@@ -88,6 +90,7 @@ def set_up(config: Config, resume: str, world: World, stop: survive.Preemption) 
     warmup = config.optim.warmup_steps + round(config.optim.warmup_epochs * per_epoch)
 
     choice = parallel.choose(config, world)
+    choose_backend(world.device, config.train.precision == "bf16")
     torch.manual_seed(config.train.seed)
     jepa = parallel.build(config, world, choice, _initial_weights(config, world, choice, start))
     model = parallel.distribute(jepa, world, choice)
@@ -98,9 +101,15 @@ def set_up(config: Config, resume: str, world: World, stop: survive.Preemption) 
         checkpoint.restore(held, _tensors(jepa, optimizer), world.host, f"the checkpoint in {folder}")
     progress = Progress(steps, start, quiet=not world.is_main, every=max(config.monitor.every, steps // 40))
     examination = _examination(config, dataset, jepa, world, choice)
-    clock = Clock(world)
+    clock = Clock(world, half=config.train.precision == "bf16")
     jepa.target_encoder.encode = clock.timed("target", jepa.target_encoder.encode)  # type: ignore[method-assign]
-    loader = Loader(config, dataset.train, config.train.seed, world.rank, world.size, start, steps + 1)
+    buckets = None
+    if compiles(config, world.device):
+        buckets = packing.ladder(config, _forwarded(config, world))
+        warm_up(
+            model, config, buckets, _forwarded(config, world), world.device, partial(parallel.precision, config, world)
+        )
+    loader = Loader(config, dataset.train, config.train.seed, world.rank, world.size, start, steps + 1, buckets)
     lock = None
     with parallel.lead(world):
         if world.is_main:  # from here on the folder is written to
@@ -122,6 +131,18 @@ def set_up(config: Config, resume: str, world: World, stop: survive.Preemption) 
             run.log.event("resume", start, processes=world.size)
         _introduce(run)
     return run
+
+
+def _forwarded(config: Config, world: World) -> int:
+    """Inputs of one forward in one process: where blocks are compiled, always as many."""
+    share = config.train.batch_size // world.size
+    micro = min(config.parallel.micro_batch or share, share)
+    if share % micro:
+        raise UsageError(
+            f"--parallel.micro_batch {micro} does not divide the {share} inputs of each process, as compiled blocks need; "
+            "give a divisor, or --model.compile off"
+        )
+    return micro
 
 
 def _fitted(config: Config, dataset: Dataset) -> Config:
@@ -228,6 +249,8 @@ def _introduce(run: Run) -> None:
         print(
             "deterministic: torch warns of operations that have no such variant; NCCL's sums repeat for equal topology"
         )
+    if compiles(config, run.world.device):
+        print(f"blocks compiled: {num_graphs()} graphs for buckets of token totals; none will be added")
     begun = f"continuing at step {run.start}" if run.start else f"{run.steps} steps of {config.train.batch_size}"
     print(f"run folder {run.folder}: {begun}", flush=True)
 

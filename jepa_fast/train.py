@@ -9,6 +9,7 @@ import torch
 
 from jepa_fast import cli, optim, parallel, schedules, survive
 from jepa_fast.errors import one_line_errors
+from jepa_fast.flops import step_flops
 from jepa_fast.perturb import perturb
 from jepa_fast.profiling import profiled
 from jepa_fast.run import Part, Run, close, joined, save, set_up, show, stop_here, watched
@@ -36,7 +37,8 @@ def train(run: Run) -> None:
                     with clock.phase("backward"):
                         (output.loss * share).backward()
             loss += output.loss.detach() * share
-            clock.count(output.context.shape[0] + output.target.shape[0] * output.target.shape[1])
+            tokens = output.context.shape[0] + output.target.shape[0] * output.target.shape[1]
+            clock.count(tokens, step_flops(config, batch.plans[i - 1]).total)
             if run.records(step) or not seen:
                 seen.append((output, masks, share))
 

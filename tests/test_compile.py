@@ -1,17 +1,21 @@
 """Compiled blocks: the values of eager ones, every graph before the first step, none after it, no break in a block."""
 
 import contextlib
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from jepa_fast import parallel
 from jepa_fast.config import replace
 from jepa_fast.data.masks import sample_masks
 from jepa_fast.data.packing import Ladder, plan
 from jepa_fast.errors import UsageError
 from jepa_fast.model.compile import compile_blocks, compiles, num_graphs, warm_up
 from jepa_fast.model.jepa import JEPA
+from jepa_fast.monitor import Examination
+from jepa_fast.monitor.views import FixedMasks
 from jepa_fast.presets import preset
 
 RUNGS = Ladder((260, 504), (1300, 2496), 63, 78, 15)
@@ -75,15 +79,16 @@ def test_after_warm_up_nothing_is_compiled_and_values_are_those_of_eager_blocks(
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_the_monitors_passes_compile_nothing():
-    config = _config()
+def test_an_examination_compiles_nothing():
+    config = _config(**{"model.compile": "on"})
     jepa = JEPA(config)
     compile_blocks(jepa, backend="aot_eager")
     torch._dynamo.utils.counters.clear()
-    from jepa_fast.monitor import CollapseMonitor
-
-    monitor = CollapseMonitor(config, None, torch.randn(5, 1, 32, 32), CPU)
-    assert monitor.examine(jepa)["discrepancy/full"] == 0
+    examination = Examination(
+        jepa.context_encoder, jepa.target_encoder, torch.randn(5, 1, 32, 32), views=FixedMasks(config),
+        around=partial(parallel.gathered, jepa, config),
+    )  # fmt: skip
+    assert examination.look(0)["discrepancy/full"] == 0
     assert num_graphs() == 0
 
 
@@ -100,8 +105,10 @@ def test_blocks_are_compiled_where_it_pays_or_is_asked_for():
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["none", "selective"])
 def test_inductors_blocks_give_eager_values(how):
-    config = _config(**{"model.recompute": how})
-    jepa, twin = JEPA(config), JEPA(_config())
+    config = _config()
+    jepa, twin = JEPA(config), JEPA(config)
+    for block in (*jepa.context_encoder.blocks, *jepa.predictor.blocks):
+        block.recompute = how
     twin.load_state_dict(jepa.state_dict())
     compile_blocks(jepa)
     inputs, masks = torch.randn(8, 1, 32, 32), _masks(config, 0)

@@ -265,7 +265,9 @@ def test_the_bf16_residual_stream_is_bf16_inside_and_close_outside():
 @pytest.mark.parametrize("how", ["selective", "full"])
 def test_recomputation_changes_memory_and_nothing_else(how):
     def run(how):
-        _config, jepa, inputs, masks = _pair("packed", **{"model.recompute": how})
+        _config, jepa, inputs, masks = _pair("packed")
+        for block in (*jepa.context_encoder.blocks, *jepa.predictor.blocks):
+            block.recompute = how
         kept = 0
 
         def count(tensor):

@@ -201,7 +201,7 @@ def test_bf16_weights_and_recomputed_blocks_change_the_loss_by_rounding_at_most(
     reference = None
     for changes in (
         {},
-        {"parallel__recompute": True},
+        {"parallel__recompute": "full"},
         {"train__precision": "bf16"},
         {"train__precision": "bf16", "parallel__reduce": "bf16"},
     ):

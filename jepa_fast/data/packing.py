@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jepa_fast import schedules
 from jepa_fast.config import Config
 from jepa_fast.data import masks_reference as reference
 from jepa_fast.data.masks import MaskBatch, extension, sample_masks
@@ -139,15 +140,20 @@ def ladder(config: Config, share: int) -> Ladder:
 
     Learnt by drawing masks as the run will, so that every process builds the same. One rung where totals cannot vary.
     """
-    masks, grid = config.masks, config.grid
+    grid = config.grid
+    ends = [schedules.masks(config.masks, end, 1) for end in (0, 1)]  # of a schedule
     batch = max(share, config.train.batch_size)
     context, predictor = [], []
-    for step in range(max(8, min(800, SIMULATED[extension() is not None] // max(share, masks.group)))):
+    draws = max(8, min(800, SIMULATED[extension() is not None] // max(share, config.masks.group)))
+    for step in range(draws):
         samples = np.arange(step * batch, (step + 1) * batch)
+        masks = schedules.masks(config.masks, step, draws - 1)
         drawn = sample_masks(masks, grid, config.train.seed, step, np.zeros_like(samples), samples, 0, share)
         context.append(len(drawn.context))
         predictor.append(drawn.num_targets * len(drawn.context) + len(drawn.targets))
-    longest_context, longest_target = reference.longest(masks, grid)
+    longest_context, longest_target = (
+        max(each) for each in zip(*(reference.longest(end, grid) for end in ends), strict=True)
+    )
     longest = min(longest_context + longest_target, 2 * math.prod(grid))
     if masks.mode == "random":
         longest = math.prod(grid)

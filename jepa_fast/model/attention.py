@@ -40,11 +40,14 @@ class Sequences:
     lengths: tuple[int, ...] | None = None  # of the S sequences, where each length is to have a call of its own
 
     @staticmethod
-    def of(cu_seqlens: Tensor, max_len: int, total: int, bucket: int = 0, varlen: bool = False) -> "Sequences":
+    def of(
+        cu_seqlens: Tensor, max_len: int, total: int, bucket: int = 0, varlen: bool = False, compiled: bool = False
+    ) -> "Sequences":
         """From cumulative lengths [S + 1], a bound on the longest, and the number of tokens; no host synchronisation.
 
         bucket: length of the packed tensor where it is longer than its `total` tokens (0: it is not). The rows behind
-        the tokens form sequences of their own, so that no token sees them. `varlen`: for a variable-length kernel.
+        the tokens form sequences of their own, so that no token sees them. varlen: for a variable-length kernel. compiled: for a block that must not depend on
+        the lengths themselves, as in a bucket it never does.
         """
         count = cu_seqlens.numel() - 1
         length = bucket or total
@@ -56,7 +59,7 @@ class Sequences:
                 spare = torch.arange(1, -(-bucket // max_len) + 1, dtype=torch.int32, device=device)
                 cu_seqlens = torch.cat([cu_seqlens, (total + spare * max_len).clamp_(max=bucket).int()])
             return Sequences(cu_seqlens, count, max_len, uniform=False)
-        if not bucket and device.type == "cpu":
+        if not bucket and not compiled and device.type == "cpu":
             lengths = tuple(cu_seqlens.diff().tolist())
             if sum(1 for _ in groupby(lengths)) * LONG <= total:
                 return Sequences(cu_seqlens, count, max_len, uniform=False, lengths=lengths)

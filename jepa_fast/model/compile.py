@@ -79,4 +79,6 @@ def eager() -> AbstractContextManager:
 
 def num_graphs() -> int:
     """Graphs compiled so far in this process."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    from torch._dynamo.utils import counters  # takes seconds to import, and who does not compile need not wait
+
+    return int(counters["stats"]["unique_graphs"])

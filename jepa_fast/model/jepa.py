@@ -43,10 +43,6 @@ class JEPA(nn.Module):
         )  # fmt: skip
         initialise(self.context_encoder, model)
         initialise(self.predictor, model)
-        for part in (self.context_encoder, self.predictor):
-            for block in part.blocks:
-                assert isinstance(block, Block)
-                block.recompute = model.recompute
         self.target_encoder.load_state_dict(self.context_encoder.state_dict())  # theta_bar(0) = theta(0)
 
     def forward(self, inputs: Tensor, plan: MaskPlan) -> Output:

@@ -57,10 +57,9 @@ class Predictor(nn.Module):
         """All target blocks of a batch in one pass: context [Tc, D] -> predictions [Tt, D], in the plan's target order."""
         x = torch.cat([self._place(context, plan.context_index), self._hidden(plan.target_index)])  # [Tc + Tt, W]
         x = self._enter(x).index_select(0, plan.predictor_order)  # [Tp, W]
-        varlen, rows = uses_varlen(x), plan.predictor_targets
-        last = Sequences.of(plan.predictor_cu, plan.predictor_max, len(x), varlen=varlen)
-        queries = Sequences.of(plan.target_cu, plan.target_max, len(rows), varlen=varlen)
-        bucket = plan.predictor_bucket
+        varlen, rows, bucket = uses_varlen(x), plan.predictor_targets, plan.predictor_bucket
+        last = Sequences.of(plan.predictor_cu, plan.predictor_max, len(x), varlen=varlen, compiled=bucket > 0)
+        queries = Sequences.of(plan.target_cu, plan.target_max, len(rows), varlen=varlen, compiled=bucket > 0)
         sequences = Sequences.of(plan.predictor_cu, plan.predictor_max, len(x), bucket, varlen) if bucket else last
         return self.proj(self.norm(self._run(x, sequences, rows, last, queries, bucket)))
 

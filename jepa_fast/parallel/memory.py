@@ -134,7 +134,9 @@ def _activations(config: Config, inputs: int) -> float:
     predicted = masks.num_targets * context + len(masks.targets) / drawn
     each = 34 * (1 if config.train.precision == "bf16" else 2)
     kept = context * model.depth * model.width + predicted * model.predictor_depth * model.predictor_width
-    if config.parallel.recompute:  # the input of each block, and one block inside
+    if config.parallel.recompute == "selective":  # the input of each block, and ten features' worth of products in bf16
+        kept = kept * 24 / 34
+    elif config.parallel.recompute == "full":  # the input of each block, and one block inside
         kept = kept * 4 / 34 + context * model.width + predicted * model.predictor_width
     target = config.num_tokens * model.width * 2  # its features, and one block at a time
     return inputs * (each * kept + each * target / 8)

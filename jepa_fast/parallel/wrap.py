@@ -6,7 +6,6 @@ with the same numbers in them on any number of processes.
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -18,10 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from jepa_fast.config import Config
+from jepa_fast.model.compile import compile_blocks, compiles, eager
 from jepa_fast.model.jepa import JEPA
+from jepa_fast.model.vit import Block
 from jepa_fast.parallel.memory import Choice
 from jepa_fast.parallel.world import World
 
@@ -53,17 +53,11 @@ def build(config: Config, world: World, choice: Choice, weights: dict[str, Tenso
 
 def _prepare(jepa: JEPA, config: Config, world: World) -> None:
     """What must happen before sharding, as the hooks of FSDP go round the outside."""
-    if config.parallel.recompute:
-        for block in (*jepa.context_encoder.blocks, *jepa.predictor.blocks):
-            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+    for block in (*jepa.context_encoder.blocks, *jepa.predictor.blocks):
+        assert isinstance(block, Block)
+        block.recompute = config.parallel.recompute
     if compiles(config, world.device):
-        for block in (*jepa.context_encoder.blocks, *jepa.target_encoder.blocks, *jepa.predictor.blocks):
-            block.compile()
-
-
-def compiles(config: Config, device: torch.device) -> bool:
-    asked = config.model.compile
-    return asked == "on" or (asked == "auto" and device.type == "cuda")
+        compile_blocks(jepa, config.model.cuda_graphs)
 
 
 # ---- FSDP2 ----------------------------------------------------------------------------------------
@@ -122,13 +116,17 @@ def settle(model: nn.Module) -> None:
 
 @contextmanager
 def gathered(jepa: JEPA, config: Config) -> Iterator[None]:
-    """Inside, both encoders hold whole weights, for whoever looks at them other than by a forward. All processes enter."""
+    """Inside, both encoders hold whole weights, for whoever looks at them other than by a step. All processes enter.
+
+    Compiled blocks run as they are written: an examination has shapes of its own.
+    """
     for part in (jepa.context_encoder, jepa.target_encoder):
         _reshard_after_forward(part, False)
         for module in _sharded(part):
             module.unshard()
     try:
-        yield
+        with eager() if compiles(config, next(jepa.parameters()).device) else nullcontext():
+            yield
     finally:
         for part in (jepa.context_encoder, jepa.target_encoder):
             _reshard_after_forward(part, config.parallel.reshard_after_forward or part is jepa.target_encoder)
