@@ -3,7 +3,10 @@
 import copy
 import math
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+import fused_ema
 from fused_ema import FusedEMA, available_backends, multi_avg_fn, warmup
 
 
@@ -344,6 +348,15 @@ def test_fsdp2_shards_uneven_and_empty_agree_with_one_process():
 @pytest.mark.slow
 def test_hsdp_counts_replicas_once():
     launch(hybrid, 4)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_example_of_fsdp2_runs():
+    example = Path(fused_ema.__file__).parent / "examples" / "fsdp2.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(example)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert "'2.weight'" in out.stdout, out.stderr[-3000:]
 
 
 # ---- devices ------------------------------------------------------------------------------------
