@@ -7,6 +7,7 @@ Bandwidth is counted as what one pass must move: 12 bytes a parameter in float32
 against an axpy (the access pattern of an EMA) and against a copy, which on a CPU also reads what it overwrites.
 """
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,30 @@ def averaged_model(average: Tensors, theta: Tensors) -> Update:
     return lambda: averaged.update_parameters(model)
 
 
+def apex_adam_swa(average: Tensors, theta: Tensors) -> Update:
+    """apex's Adam and EMA in one kernel. At a learning rate of 0 theta stays, so that the average can be checked."""
+    from apex.contrib.openfold_triton.fused_adam_swa import FusedAdamSWA
+
+    parameters = with_gradients(theta)
+    averaged = [nn.Parameter(a, requires_grad=False) for a in average]
+    optimizer = FusedAdamSWA(parameters, parameters, averaged, swa_decay_rate=DECAY, lr=0.0)
+    optimizer.swa_param_groups[0]["n_averaged"] = 1  # else the first update copies
+    return optimizer.step
+
+
+def adam_then_fused_ema(average: Tensors, theta: Tensors) -> Update:
+    """The same work as apex's, in two kernels, and the distances."""
+    optimizer = torch.optim.Adam(with_gradients(theta), lr=0.0, fused=True)
+    return then(optimizer.step, lambda: ema_update_(average, theta, DECAY).distance_sq)
+
+
+def with_gradients(theta: Tensors) -> list[nn.Parameter]:
+    parameters = [nn.Parameter(t) for t in theta]
+    for p in parameters:
+        p.grad = 1e-3 * torch.randn_like(p)
+    return parameters
+
+
 # ---- the distances after it --------------------------------------------------------------------------
 
 
@@ -175,6 +200,9 @@ def providers(average: Tensors, theta: Tensors, with_compile: bool) -> dict[str,
     made["fused_ema"] = lambda: lambda: ema_update_(average, theta, DECAY).distance_sq
     made["fused_ema_update_only"] = lambda: lambda: fused_update_only(average, theta)
     made["fused_ema+gate"] = lambda: lambda: ema_update_(average, theta, DECAY, gate=gate).distance_sq
+    if device.type == "cuda" and not mixed and importlib.util.find_spec("apex"):
+        made["adam+fused_ema"] = lambda: adam_then_fused_ema(average, theta)
+        made["apex_adam_swa"] = lambda: apex_adam_swa(average, theta)
     if device.type == "cuda":
         for name in (best, f"{best}+scratch_distances", "fused_ema", "fused_ema_update_only"):
             made[f"{name}+graph"] = lambda make=made[name]: captured(make())  # type: ignore[misc]

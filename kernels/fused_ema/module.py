@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fused_ema.check import check_decay
 from fused_ema.op import LayerStats, ema_update_, local
-from fused_ema.pairs import Pair, buffer_slots, pair_slots, parameter_slots
+from fused_ema.pairs import Pair, buffer_slots, locals_in, pair_slots, parameter_slots
 from fused_ema.sharding import fsdp_modules, reshard, sum_over_shards
 from fused_ema.spectral import SpectralDrift
 from fused_ema.staging import Staging
@@ -81,7 +81,7 @@ class FusedEMA:
         if decay is None:
             decay = self.decay(self.num_updates) if callable(self.decay) else self.decay
         reshard(self._fsdp)
-        measured = self._pass(self._pairs, decay, gate, [local(p.target.tensor) for p in self._mirror], stats)
+        measured = self._pass(self._pairs, decay, gate, locals_in(p.target for p in self._mirror), stats)
         self.stats = measured if stats else None
         if self._averaged:
             self._pass(self._averaged, decay, gate, [], stats=False)
@@ -95,8 +95,8 @@ class FusedEMA:
     def _pass(
         self, pairs: list[Pair], decay: float | Tensor, gate: Tensor | None, copies: list[Tensor], stats: bool = True
     ) -> LayerStats:
-        targets = [local(p.target.tensor) for p in pairs]
-        sources = self._staging.on_device_of(targets, [local(p.source.tensor) for p in pairs])
+        targets = locals_in(p.target for p in pairs)
+        sources = self._staging.on_device_of(targets, locals_in(p.source for p in pairs))
         device = targets[0].device if targets else torch.device("cpu")
         gate = gate if gate is None else gate.to(device)
         decay = decay.to(device) if isinstance(decay, Tensor) else decay
@@ -105,7 +105,7 @@ class FusedEMA:
     def measure(self) -> LayerStats:
         """The squared distances as the modules are now, without an update; does not change `stats`."""
         reshard(self._fsdp)
-        targets = [local(p.target.tensor) for p in self._pairs]
+        targets = locals_in(p.target for p in self._pairs)
         closed = torch.zeros((), dtype=torch.bool, device=targets[0].device if targets else None)
         return self._pass(self._pairs, 1.0, closed, [])
 
@@ -161,14 +161,14 @@ class FusedEMA:
         pairs = self._pairs + self._averaged + self._copied
         reshard(self._fsdp)
         with torch.no_grad():
-            own = [local(p.source.tensor).clone() for p in pairs]
-            _copy([local(p.source.tensor) for p in pairs], [local(p.target.tensor) for p in pairs])
+            own = [tensor.clone() for tensor in locals_in(p.source for p in pairs)]
+            _copy(locals_in(p.source for p in pairs), locals_in(p.target for p in pairs))
         try:
             yield self.model
         finally:
             reshard(self._fsdp)
             with torch.no_grad():
-                _copy([local(p.source.tensor) for p in pairs], own)
+                _copy(locals_in(p.source for p in pairs), own)
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged module and the number of updates; nothing of the trained model."""

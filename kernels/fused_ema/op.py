@@ -52,8 +52,8 @@ def ema_update_(
     stats: False measures nothing: the result is NaN. Where memory is the limit that saves no time.
     Raises ValueError or TypeError, naming the tensor, before anything is written. No host synchronisation.
     """
-    targets, sources = _locals_of("target", targets), _locals_of("source", sources)
-    copied = _locals_of("copy", copies if copies is not None else ())
+    targets, sources = locals_of(targets, "target"), locals_of(sources, "source")
+    copied = locals_of(copies if copies is not None else (), "copy")
     if len(targets) != len(sources):
         raise ValueError(f"{len(targets)} targets but {len(sources)} sources; they must pair up")
     if copied and len(copied) != len(targets):
@@ -118,7 +118,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if torch.compiler.is_compiling() else tensor._local_tensor  # type: ignore[attr-defined]
 
 
-def _locals_of(role: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+def locals_of(tensors: Iterable[Tensor], role: str = "tensor") -> list[Tensor]:
     tensors = list(tensors)
     if _PLAIN.issuperset(map(type, tensors)):
         return tensors

@@ -1,11 +1,11 @@
 """Which tensor of one module is averaged into which of the other: by name, every storage once."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fused_ema.op import local
+from fused_ema.op import local, locals_of
 
 
 class Slot(NamedTuple):
@@ -19,6 +19,11 @@ class Slot(NamedTuple):
         tensor = self.table[self.key]
         assert tensor is not None
         return tensor
+
+
+def locals_in(slots: Iterable[Slot]) -> list[Tensor]:
+    """What the slots hold now, DTensors as their shards."""
+    return locals_of([slot.table[slot.key] for slot in slots])  # type: ignore[misc]
 
 
 class Pair(NamedTuple):

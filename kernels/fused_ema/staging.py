@@ -17,7 +17,7 @@ class Staging:
 
         Waits for the copies: the CPU kernel reads them next. Other mixtures of devices are left to be refused.
         """
-        if not any(t.device.type == "cpu" and s.device.type == "cuda" for t, s in zip(targets, sources, strict=True)):
+        if not targets or targets[0].device.type != "cpu" or sources[0].device.type != "cuda":
             return list(sources)
         if [(b.shape, b.dtype) for b in self._buffers] != [(s.shape, s.dtype) for s in sources]:
             self._buffers = [torch.empty(s.shape, dtype=s.dtype, pin_memory=True) for s in sources]
