@@ -1,6 +1,6 @@
 """Ragged self-attention, forward and backward, on the lengths that `packed` masks really leave.
 
-    python -m benchmarks.bench_attention [--device cuda]
+    python benchmarks/bench_attention.py [--device cuda]
 
 `ours` is what a run uses: a variable-length kernel on CUDA, on a CPU one call for each run of equal lengths.
 
@@ -11,6 +11,9 @@ gradients are those of one sequence at a time.
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch

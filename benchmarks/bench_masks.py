@@ -1,6 +1,6 @@
 """The mask sampler, C++ against Python: microseconds an image on one core, as a batch of 128 is drawn.
 
-    python -m benchmarks.bench_masks
+    python benchmarks/bench_masks.py
 
 A sampler is timed only if its masks are the Python one's, bit for bit.
 """
@@ -8,6 +8,9 @@ A sampler is timed only if its masks are the Python one's, bit for bit.
 import dataclasses
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 

@@ -1,14 +1,16 @@
 """A training step and its parts, ours against facebookresearch/ijepa's: same images, weights, masks and token counts.
 
-    python -m benchmarks.bench_step                                      # ours alone
-    python -m benchmarks.bench_step --peer PATH                          # PATH: a checkout of facebookresearch/ijepa
-    python -m benchmarks.bench_step --peer PATH --model vit_base --batch 64 --device cuda
+    python benchmarks/bench_step.py                          # ours alone: ViT-S/16 on a CPU; B/16, L/16, H/14 on CUDA
+    python benchmarks/bench_step.py --peer PATH [--parts]    # PATH: a checkout of facebookresearch/ijepa
+    python benchmarks/bench_step.py --peer PATH --shapes vit_b16 --batch 64
 
 The masks are `reference` masks, cut to the shortest context of the batch, because the peer takes no others. Ours is
 timed only if, from the peer's weights, it gives the peer's loss. The peer runs its own modules, optimizer groups and
 gradient statistics, in its own order: forward, backward, AdamW, a norm of every gradient read on the host, EMA by a
-loop. `peer` is float32, `peer_bf16` the same under autocast, which is how its configuration runs on a GPU. Parts are
-timed by themselves, forward and backward together where there is a backward.
+loop; without its wrapping in DDP, which one process does not need. `ijepa` is as it runs: bf16 autocast on CUDA, float32
+on a CPU, where `ijepa_bf16` adds autocast. Ours is compiled on CUDA, as a run is; on a CPU with --compile. `work` is
+what `jepa_fast.flops` counts, so for the peer it understates the rate: it computes what we leave out. Parts are timed
+by themselves, forward and backward together where there is a backward.
 """
 
 import logging
@@ -18,6 +20,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
@@ -38,80 +42,93 @@ from jepa_fast.model.compile import compile_blocks
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.presets import preset
 
-MODELS = {  # width, depth, heads, predictor depth
-    "vit_tiny": (192, 12, 3, 6), "vit_small": (384, 12, 6, 6), "vit_base": (768, 12, 12, 6),
-    "vit_large": (1024, 24, 16, 12), "vit_huge": (1280, 32, 16, 12),
-}  # fmt: skip
 DECAY, LR = 0.996, 1e-4
+SHAPES = {  # the peer's name, width, depth, heads, patch, predictor depth
+    "vit_ti16": ("vit_tiny", 192, 12, 3, 16, 6), "vit_s16": ("vit_small", 384, 12, 6, 16, 6),
+    "vit_b16": ("vit_base", 768, 12, 12, 16, 6), "vit_l16": ("vit_large", 1024, 24, 16, 16, 12),
+    "vit_h14": ("vit_huge", 1280, 32, 16, 14, 12),
+}  # fmt: skip
+OURS = {"jepa_fast": "fp32", "jepa_fast_bf16": "bf16", "jepa_fast_bf16_residual": "bf16 residual"}
+PEERS = {"ijepa": False, "ijepa_bf16": True}  # half precision
+PARTS = ("target", "context", "predictor", "optimizer", "ema")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments(__doc__, rounds=9, seconds=900)
+    parser = arguments(__doc__, rounds=7, seconds=90)
     parser.add_argument("--peer", type=Path, help="a checkout of facebookresearch/ijepa")
-    parser.add_argument("--model", choices=MODELS, default="vit_small")
-    parser.add_argument("--image", type=int, default=224)
-    parser.add_argument("--patch", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--compile", action="store_true", help="ours also with compiled blocks")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, help="default: vit_s16 on a CPU, vit_b16 vit_l16 vit_h14 on CUDA"
+    )
+    parser.add_argument("--image", type=int, default=224, help="side in pixels (%(default)s)")
+    parser.add_argument("--batch", type=int, default=0, help="images (16 on a CPU, 128 on CUDA)")
+    parser.add_argument(
+        "--compile", action="store_true", help="on a CPU too, ours with compiled blocks beside the others"
+    )
     parser.add_argument("--parts", action="store_true", help="also the parts of the step")
     args = parser.parse_args(argv)
+    cuda = args.device != "cpu"
+    args.batch = args.batch or (128 if cuda else 16)
     if args.tiny:
-        args.model, args.image, args.batch = "vit_tiny", 64, 4
+        args.shapes, args.image, args.batch = ["vit_ti16"], 64, 4
     bench = Bench("step", args, tests=["tests/test_model.py"])
-    config = configuration(args)
+    if not has_bf16(bench.device):
+        print("this CPU has no bf16 instructions: bf16 is left out, for it would be emulated and slow for everybody")
+    for name in args.shapes or (["vit_b16", "vit_l16", "vit_h14"] if cuda else ["vit_s16"]):
+        measure(bench, name, args)
+    return bench.close()
+
+
+def measure(bench: Bench, name: str, args: Any) -> None:
+    config = configuration(name, args.image, args.batch)
     numbers = np.arange(args.batch)
     masks = sample_masks(config.masks, config.grid, 0, 0, np.zeros_like(numbers), numbers)
     images = textures(args.batch, args.image).to(bench.device)
     count = (int(masks.context_lengths[0]), int(masks.target_lengths[0]))
-    shape = f"{args.model}/{args.patch} {args.image} b{args.batch}"
+    shape = f"{name} {args.image} b{args.batch}"
     print(f"{shape}: {count[0]} context tokens and 4 targets of {count[1]} in every image, of {config.num_tokens}")
 
-    halves = has_bf16(bench.device)
-    if not halves:
-        print("this CPU has no bf16 instructions: bf16 is left out, for it would be emulated and slow for everybody")
-    start = JEPA(config)
-    steps: dict[str, Ours | Peer] = {}
-    if args.peer:
-        steps = {
-            n: Peer(args, config, masks, images, bench.device, half) for n, half in PEERS.items() if halves or not half
-        }
-    for name, precision in OURS.items():
-        if halves or precision == "fp32":
-            steps[name] = Ours(config, masks, images, bench.device, precision)
-            if args.compile:
-                steps[f"{name}_compiled"] = Ours(config, masks, images, bench.device, precision, compiled=True)
+    start, steps = JEPA(config), dict[str, Ours | Peer]()
+    for provider, half in providers(PEERS, bench.device) if args.peer else ():
+        steps[provider] = Peer(args, name, config, masks, images, bench.device, half)
+    for provider, precision in providers(OURS, bench.device):
+        steps[provider] = Ours(config, masks, images, bench.device, precision, compiled=bench.device.type == "cuda")
+        if args.compile and bench.device.type != "cuda":
+            steps[f"{provider}_compiled"] = Ours(config, masks, images, bench.device, precision, compiled=True)
     first = next(iter(steps.values()))
     first.take(start)
     reference = first.loss()
 
     work = step_flops(config, plan(masks, config.num_tokens))
-    case = bench.case(shape, "step")
-    for name, step in steps.items():
-        case.add(name, step.step, check=agrees(step, start, reference))
-    report(case, bench, work.total, args.batch, halves)
-    for part in ("target", "context", "predictor", "optimizer", "ema") if args.parts else ():
+    for part in ("step", *(PARTS if args.parts else ())):
         case = bench.case(shape, part)
-        for name, step in steps.items():
-            case.add(name, step.parts()[part], check=agrees(step, start, reference))
-        report(case, bench, getattr(work, part, 0.0), args.batch, halves)
-    return bench.close()
+        for provider, step in steps.items():
+            call = step.step if part == "step" else step.parts()[part]
+            case.add(provider, call, check=agrees(step, start, reference))
+        report(case, bench, work.total if part == "step" else getattr(work, part, 0.0), args.batch)
 
 
-def has_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def report(case: Case, bench: Bench, work: float, batch: int, halves: bool) -> None:
-    """work: operations of a call as `jepa_fast.flops` counts them, the trims taken."""
-    for dtype in (torch.float32, torch.bfloat16) if halves else (torch.float32,):
+def report(case: Case, bench: Bench, work: float, batch: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16) if has_bf16(bench.device) else (torch.float32,):
         case.ceiling(f"matmul_{dtype}".replace("torch.", ""), *matmul_rate(dtype, bench.device))
     if case.run():
         case.rate("images_per_s", "1/s", batch)
         if work:
             case.rate("work", "GFLOP/s", work / 1e9)
-        for peer in PEERS:
-            case.speedup(f"over_{peer}", over=peer)
+            case.fraction("fraction_of_matmul_rate", work, of=list(case.ceilings))
+        case.speedup("ratio_to_ijepa", over="ijepa")
+        case.speedup("ratio_to_ijepa_bf16", over="ijepa_bf16")
         print(case.table(), flush=True)
+
+
+def providers(table: dict[str, Any], device: torch.device) -> list[tuple[str, Any]]:
+    """(name, precision) of those that make sense here: on CUDA nobody trains these in float32."""
+    if device.type == "cuda":
+        return [("ijepa", True)] if table is PEERS else [(n, p) for n, p in OURS.items() if p != "fp32"]
+    return list(table.items()) if has_bf16(device) else list(table.items())[:1]
+
+
+def has_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def agrees(step: "Ours | Peer", start: JEPA, reference: float) -> Callable[[], None]:
@@ -126,12 +143,12 @@ def agrees(step: "Ours | Peer", start: JEPA, reference: float) -> Callable[[], N
     return check
 
 
-def configuration(args: Any) -> Config:
-    width, depth, heads, predictor_depth = MODELS[args.model]
+def configuration(name: str, image: int, batch: int) -> Config:
+    _, width, depth, heads, patch, predictor_depth = SHAPES[name]
     changes = {
-        "model.width": width, "model.depth": depth, "model.heads": heads, "model.patch": args.patch,
-        "model.predictor_depth": predictor_depth, "data.image_size": args.image, "train.batch_size": args.batch,
-        "masks.mode": "reference", "masks.group": args.batch, "masks.min_keep": 10 if args.image >= 128 else 1,
+        "model.width": width, "model.depth": depth, "model.heads": heads, "model.patch": patch,
+        "model.predictor_depth": predictor_depth, "data.image_size": image, "train.batch_size": batch,
+        "masks.mode": "reference", "masks.group": batch, "masks.min_keep": 10 if image >= 128 else 1,
     }  # fmt: skip
     return replace(preset("in1k-vitb16"), changes).check()
 
@@ -144,9 +161,6 @@ def textures(count: int, size: int) -> Tensor:
 
 
 # ---- ours ----------------------------------------------------------------------------------------
-
-OURS = {"ours": "fp32", "ours_bf16": "bf16", "ours_bf16_residual": "bf16 residual"}
-PEERS = {"peer": False, "peer_bf16": True}
 
 
 class Ours:
@@ -235,7 +249,9 @@ class Ours:
 class Peer:
     """facebookresearch/ijepa's step, put together from a checkout's own parts."""
 
-    def __init__(self, args: Any, config: Config, masks: MaskBatch, images: Tensor, device: torch.device, half: bool):
+    def __init__(
+        self, args: Any, name: str, config: Config, masks: MaskBatch, images: Tensor, device: torch.device, half: bool
+    ):  # fmt: skip
         if not (args.peer / "src" / "helper.py").is_file():
             raise SystemExit(f"error: {args.peer} is no checkout of facebookresearch/ijepa: it has no src/helper.py")
         sys.path.append(str(args.peer))
@@ -253,9 +269,14 @@ class Peer:
             images,
         )
         self.encoder, self.predictor = helper.init_model(
-            device, args.patch, args.model, args.image, config.model.predictor_depth, config.model.predictor_width
+            device,
+            config.model.patch,
+            SHAPES[name][0],
+            args.image,
+            config.model.predictor_depth,
+            config.model.predictor_width,
         )
-        self.target, _ = helper.init_model(device, args.patch, args.model, args.image)
+        self.target, _ = helper.init_model(device, config.model.patch, SHAPES[name][0], args.image)
         self.target.requires_grad_(False)
         self.optimizer, *_ = helper.init_opt(self.encoder, self.predictor, 100, 0.0, LR, 1, 10)
         for group in self.optimizer.param_groups:
