@@ -2,6 +2,10 @@
 
 In: inputs and a MaskPlan. Out: the loss (equation 2 of the paper, or I-JEPA's smooth-L1) and the two
 encodings, which the monitor compares. Knows nothing of devices, optimizers or files.
+
+Precision under bf16 autocast: matrix products and attention are bf16. Weights stay float32 (so do their moments and
+the EMA, whose steps bf16 would round away); so do the residual stream (unless `model.residual` says otherwise), both
+encodings, the layer-normed targets and the loss, whose sums over many small terms need the digits.
 """
 
 import math
