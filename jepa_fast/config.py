@@ -91,8 +91,8 @@ class Model:
     predictor_depth: int = 1
     predictor_heads: int = 0
     """0: as the encoder's."""
-    predictor_mlp_ratio: float = 0.0
-    """0: as the encoder's."""
+    predictor_mlp_ratio: float = 4.0
+    """I-JEPA's is 4 whatever the encoder's (ViT-g's is 48/11)."""
     init_std: float = 0.02
     """Truncated normal of every linear weight and of the mask token."""
     depth_scaled_init: bool = False
@@ -328,11 +328,12 @@ def _check_ranges(c: Config) -> None:
                  "optim.final_lr", "optim.weight_decay", "optim.final_weight_decay", "optim.clip", "checkpoint.every",
                  "checkpoint.keep", "monitor.spectrum_every", "monitor.lidar_every", "monitor.bound_every",
                  "monitor.spectral_every", "perturb.noise", "perturb.until", "monitor.lidar_views", "monitor.jacobian", "masks.context_tokens", "parallel.threads",
-                 "parallel.micro_batch", "parallel.prefetch", "parallel.shards", "profile.steps", "model.predictor_heads", "model.predictor_mlp_ratio"):  # fmt: skip
+                 "parallel.micro_batch", "parallel.prefetch", "parallel.shards", "profile.steps", "model.predictor_heads"):  # fmt: skip
         _require(get(c, name) >= 0, name, get(c, name), "it cannot be negative")
     for name in (
         "model.init_std",
         "model.mlp_ratio",
+        "model.predictor_mlp_ratio",
         "model.norm_eps",
         "optim.eps",
         "ema.scale",

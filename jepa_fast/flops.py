@@ -47,7 +47,7 @@ def step_flops(config: Config, plan: MaskPlan) -> Flops:
     d, w = model.width, model.predictor_width
     hidden, narrow_hidden = (
         round(d * model.mlp_ratio),
-        round(w * (model.predictor_mlp_ratio or model.mlp_ratio)),
+        round(w * model.predictor_mlp_ratio),
     )
 
     target = 2.0 * inputs * tokens * config.patch_dim * d
@@ -155,7 +155,7 @@ def activation_bytes(config: Config, plan: MaskPlan) -> float:
     model = config.model
     residual = 2 if model.residual == "bf16" else 4
     context, sequences = int(plan.context_cu[-1]), int(plan.predictor_cu[-1])
-    ratio, narrow = model.mlp_ratio, model.predictor_mlp_ratio or model.mlp_ratio
+    ratio, narrow = model.mlp_ratio, model.predictor_mlp_ratio
     encoder = model.depth * context * model.width * (2 * residual + 2 * (2 + 3 + 1 + 2 * ratio))
     predictor = (
         model.predictor_depth * sequences * model.predictor_width * (2 * residual + 2 * (2 + 3 + 1 + 2 * narrow))

@@ -106,6 +106,12 @@ def set_up(config: Config, resume: str, world: World, stop: survive.Preemption) 
     buckets = None
     if compiles(config, world.device):
         buckets = packing.ladder(config, _forwarded(config, world))
+        if world.is_main:
+            counts = f"{len(buckets.context)} context and {len(buckets.predictor)} predictor"
+            print(
+                f"compiling blocks for {counts} buckets of token totals: minutes the first time, then cached",
+                flush=True,
+            )
         warm_up(
             model, config, buckets, _forwarded(config, world), world.device, partial(parallel.precision, config, world)
         )
@@ -250,7 +256,7 @@ def _introduce(run: Run) -> None:
             "deterministic: torch warns of operations that have no such variant; NCCL's sums repeat for equal topology"
         )
     if compiles(config, run.world.device):
-        print(f"blocks compiled: {num_graphs()} graphs for buckets of token totals; none will be added")
+        print(f"blocks compiled: {num_graphs()} graphs; none will be added")
     begun = f"continuing at step {run.start}" if run.start else f"{run.steps} steps of {config.train.batch_size}"
     print(f"run folder {run.folder}: {begun}", flush=True)
 

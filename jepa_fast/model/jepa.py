@@ -42,7 +42,7 @@ class JEPA(nn.Module):
         self.predictor = Predictor(
             config.grid, model.width, width=model.predictor_width, depth=model.predictor_depth,
             heads=model.predictor_heads or model.heads,
-            mlp_ratio=model.predictor_mlp_ratio or model.mlp_ratio, eps=model.norm_eps,
+            mlp_ratio=model.predictor_mlp_ratio, eps=model.norm_eps,
             residual=model.residual,
         )  # fmt: skip
         initialise(self.context_encoder, model)
