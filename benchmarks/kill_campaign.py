@@ -32,7 +32,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "kill_campaign.jsonl"
 RUN = ["demo", "--log.every", "5", "--monitor.every", "250", "--monitor.probe_train", "50", "--monitor.probe_test", "50",
        "--checkpoint.every", "10", "--data.workers", "1", "--train.batch_size", "8", "--model.width", "32",
        "--model.predictor_width", "32", "--parallel.threads", "1"]  # fmt: skip
-MEASURED = ("time/", "memory/", "images_per_s", "tokens_per_s", "recompiles")
+MEASURED = ("time/", "memory/", "images_per_s", "tokens_per_s", "flops_per_s", "mfu/", "recompiles")
 
 
 def main(argv: list[str] | None = None) -> int:

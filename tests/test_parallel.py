@@ -279,5 +279,5 @@ def agree(a, b, tolerance=2e-4):
 
 def metrics(run_dir):
     """Records without what measures time and memory."""
-    measured = ("time/", "memory/", "images_per_s", "tokens_per_s")
+    measured = ("time/", "memory/", "images_per_s", "tokens_per_s", "flops_per_s", "mfu/")
     return [{k: v for k, v in r.items() if not k.startswith(measured)} for r in read(Path(run_dir) / "metrics.jsonl")]
