@@ -71,7 +71,7 @@ def test_every_mode_on_four_processes_trains_what_one_process_trains_for_twenty_
     }
     longer = ["--train.steps", "20"]
     go("--run.dir", "one", *longer)
-    together(4, runs, [["--run.dir", name, *args, *longer] for name, args in modes.items()])
+    together(4, runs, [["--run.dir", name, *args, *longer] for name, args in modes.items()], timeout=1200)
     for name in modes:
         agree(name, "one", tolerance=1e-3)
 
