@@ -26,13 +26,14 @@ class Part:
 
 # In the order of what one wants to know first. Two quiet cores take about two thirds of the limits.
 CPU_SET = {
-    "ema": Part(110),
-    "monitor": Part(135),
-    "step": Part(140, ("--batch", "8", "--rounds", "7", "--seconds", "70")),
+    "ema": Part(100),
+    "monitor": Part(120),
+    "step": Part(125, ("--batch", "8", "--rounds", "7", "--seconds", "60")),
     "data": Part(75),
-    "attention": Part(45),
-    "checkpoint": Part(45),
-    "masks": Part(30),
+    "attention": Part(40),
+    "checkpoint": Part(55),
+    "masks": Part(25),
+    "parallel": Part(55, ("--rounds", "5", "--seconds", "25")),
 }
 RESERVE = 12  # seconds before its limit at which a benchmark begins no further round
 

@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from benchmarks import work
 from benchmarks.one_step import OneStep
 from jepa_fast.model.jepa import JEPA
+from jepa_fast.parallel import World
 
 MODES = ("ddp", "fsdp", "fsdp-keep")
 CHANGES = {"train.precision": "fp32", "model.width": 192, "model.depth": 4, "model.predictor_width": 192}
@@ -49,8 +48,9 @@ def _process(rank: int, ranks: int, mode: str, folder: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    wrap = None if mode == "ddp" else (lambda jepa: shard(jepa, mode == "fsdp"))  # ddp: what the trainer does
-    step = OneStep("textures", 4, torch.device("cpu"), CHANGES, wrap)
+    changes = {"parallel.mode": mode.removesuffix("-keep"), "parallel.reshard_after_forward": mode == "fsdp"}
+    world = World(rank, ranks, torch.device("cpu"), ranks)
+    step = OneStep("textures", 4, world.device, CHANGES | changes, world)
     step.learn(step.forward())
     dist.barrier()
     before = written()
@@ -62,22 +62,12 @@ def _process(rank: int, ranks: int, mode: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def shard(jepa: JEPA, reshard: bool) -> nn.Module:
-    """Every block a group, and one for what is left; all in float32."""
-    for part in (jepa.context_encoder, jepa.target_encoder, jepa.predictor):
-        for block in part.blocks:
-            fully_shard(block, reshard_after_forward=reshard)
-    return fully_shard(jepa, reshard_after_forward=reshard)
-
-
 def expected(jepa: JEPA, mode: str, ranks: int) -> float:
-    """What `work.communication` says, and what gloo and FSDP2 add to it."""
+    """What `work.communication` says, and what gloo adds to it."""
     encoder, predictor = (sum(p.numel() for p in m.parameters()) for m in (jepa.context_encoder, jepa.predictor))
     sent = work.communication(encoder, predictor, mode, ranks, gathered=4)["inside a node"]
     if mode != "ddp":
         sent += work.reduce_scatter(4 * (encoder + predictor), ranks)  # the second half of gloo's all-reduce
-    if mode == "fsdp":  # the backward prefetches what ran before the first block: the target encoder's last one
-        sent += work.all_gather(4 * sum(p.numel() for p in jepa.target_encoder.blocks[-1].parameters()), ranks)
     return sent
 
 

@@ -1,21 +1,20 @@
 """A training step of a preset on random images, in the parts that train.py makes it of. For benchmarks and traces.
 
 The images are noise: the work does not depend on what they show, and nothing is timed on zeros. One batch is used
-again and again; masks are the preset's own, sampled once.
+again and again; masks are the preset's own, sampled once. The model is built, compiled and sharded as a run's is.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jepa_fast import optim, parallel
 from jepa_fast.config import Config, replace
 from jepa_fast.data.masks import sample_masks
-from jepa_fast.data.packing import plan
+from jepa_fast.data.packing import ladder, plan
 from jepa_fast.ema import TargetEMA
-from jepa_fast.model.jepa import JEPA, Output
+from jepa_fast.model.compile import compiles
+from jepa_fast.model.jepa import Output
 from jepa_fast.parallel import World
 from jepa_fast.presets import preset
 
@@ -25,22 +24,23 @@ class OneStep:
 
     def __init__(
         self, name: str, batch: int, device: torch.device, changes: dict | None = None,
-        wrap: Callable[[JEPA], nn.Module] | None = None, world: World | None = None,
+        world: World | None = None,
     ):  # fmt: skip
-        """`wrap` shards or wraps the model in another way than --parallel.mode; `world` is that of several processes."""
+        """`world`: of several processes, each with `batch` images of its own; the process group is there already."""
         self.config: Config = replace(preset(name), {"train.batch_size": batch} | (changes or {}))
         self.world, self.batch = world or World(0, 1, device), batch
         choice = parallel.choose(self.config, self.world)
         torch.manual_seed(0)
         self.jepa = parallel.build(self.config, self.world, choice)
-        self.model = wrap(self.jepa) if wrap else parallel.distribute(self.jepa, self.world, choice)
+        self.model = parallel.distribute(self.jepa, self.world, choice)
         self.optimizer = optim.build(self.jepa, self.config.optim)
         self.ema = TargetEMA(self.jepa)
         self.decay = self.config.ema.decay
         self.inputs = self.images(batch).to(device)
         rows = np.arange(batch)
         masks = sample_masks(self.config.masks, self.config.grid, 0, 0, np.zeros(batch, np.int64), rows)
-        self.masks = plan(masks, int(np.prod(self.config.grid))).to(device)
+        rungs = ladder(self.config, batch) if compiles(self.config, device) else None
+        self.masks = plan(masks, self.config.num_tokens, rungs).to(device)
 
     def images(self, count: int, seed: int = 0) -> Tensor:
         data, generator = self.config.data, torch.Generator().manual_seed(seed)

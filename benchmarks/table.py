@@ -25,6 +25,8 @@ HEADLINE = {
     "monitor": "overhead_fraction",
     "step": "ratio_to_ijepa",
     "data": "images_per_s",
+    "parallel": "overhead_fraction",
+    "checkpoint": "overhead_steps",
 }
 
 
