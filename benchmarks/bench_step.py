@@ -8,7 +8,9 @@ The masks are `reference` masks, cut to the shortest context of the batch, becau
 timed only if, from the peer's weights, it gives the peer's loss. The peer runs its own modules, optimizer groups and
 gradient statistics, in its own order: forward, backward, AdamW, a norm of every gradient read on the host, EMA by a
 loop; without its wrapping in DDP, which one process does not need. `ijepa` is as it runs: bf16 autocast on CUDA, float32
-on a CPU, where `ijepa_bf16` adds autocast. Ours is compiled on CUDA, as a run is; on a CPU with --compile. `work` is
+on a CPU, where `ijepa_bf16` adds autocast. `ijepa_patched` is what its users could make of that: SDPA, compiled blocks
+(on CUDA), a foreach EMA, no statistics, nothing read back (patched_peer.py). `mfu_measured` is of a matrix product in
+the same rounds and precision, `mfu_datasheet` of the vendor's figure. Ours is compiled on CUDA, as a run is; on a CPU with --compile. `work` is
 what `jepa_fast.flops` counts, so for the peer it understates the rate: it computes what we leave out. Parts are timed
 by themselves, forward and backward together where there is a backward.
 """
@@ -28,7 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Bench, Case, arguments, matmul_rate
+from benchmarks import machine
+from benchmarks.harness import Bench, Case, arguments, matmul_rate, peak_memory
+from benchmarks.patched_peer import foreach_ema, patch
 from jepa_fast import optim
 from jepa_fast.config import Config, replace
 from jepa_fast.data.embedded import texture
@@ -49,7 +53,7 @@ SHAPES = {  # the peer's name, width, depth, heads, patch, predictor depth
     "vit_h14": ("vit_huge", 1280, 32, 16, 14, 12),
 }  # fmt: skip
 OURS = {"jepa_fast": "fp32", "jepa_fast_bf16": "bf16", "jepa_fast_bf16_residual": "bf16 residual"}
-PEERS = {"ijepa": False, "ijepa_bf16": True}  # half precision
+PEERS = {"ijepa": False, "ijepa_patched": False, "ijepa_bf16": True}  # half precision
 PARTS = ("target", "context", "predictor", "optimizer", "ema")
 
 
@@ -89,7 +93,8 @@ def measure(bench: Bench, name: str, args: Any) -> None:
 
     start, steps = JEPA(config), dict[str, Ours | Peer]()
     for provider, half in providers(PEERS, bench.device) if args.peer else ():
-        steps[provider] = Peer(args, name, config, masks, images, bench.device, half)
+        patched = provider == "ijepa_patched"
+        steps[provider] = Peer(args, name, config, masks, images, bench.device, half, patched)
     for provider, precision in providers(OURS, bench.device):
         steps[provider] = Ours(config, masks, images, bench.device, precision, compiled=bench.device.type == "cuda")
         if args.compile and bench.device.type != "cuda":
@@ -104,27 +109,46 @@ def measure(bench: Bench, name: str, args: Any) -> None:
         for provider, step in steps.items():
             call = step.step if part == "step" else step.parts()[part]
             case.add(provider, call, check=agrees(step, start, reference))
-        report(case, bench, work.total if part == "step" else getattr(work, part, 0.0), args.batch)
+        report(case, bench, steps, work.total if part == "step" else getattr(work, part, 0.0), args.batch)
 
 
-def report(case: Case, bench: Bench, work: float, batch: int) -> None:
+def report(case: Case, bench: Bench, steps: "dict[str, Ours | Peer]", work: float, batch: int) -> None:
     for dtype in (torch.float32, torch.bfloat16) if has_bf16(bench.device) else (torch.float32,):
         case.ceiling(f"matmul_{dtype}".replace("torch.", ""), *matmul_rate(dtype, bench.device))
     if case.run():
         case.rate("images_per_s", "1/s", batch)
         if work:
             case.rate("work", "GFLOP/s", work / 1e9)
-            case.fraction("fraction_of_matmul_rate", work, of=list(case.ceilings))
-        case.speedup("ratio_to_ijepa", over="ijepa")
-        case.speedup("ratio_to_ijepa_bf16", over="ijepa_bf16")
+            for name in case.calls:
+                mfu(case, bench, name, steps[name].half, work)
+        for peer in PEERS:
+            case.speedup("ratio_to_" + peer, over=peer)
+        for name in case.calls if case.dtype == "step" else ():
+            peak = peak_memory(case.calls[name], bench.device)
+            if peak is not None:
+                bench.record(case.shape, case.dtype, name, "peak_memory", "GB", [peak / 1e9])
         print(case.table(), flush=True)
+
+
+def mfu(case: Case, bench: Bench, name: str, half: bool, work: float) -> None:
+    """Of the matrix rate in the provider's own precision, round by round; of the datasheet's where there is one."""
+    ceiling, times = "matmul_bfloat16" if half else "matmul_float32", case.times[name]
+    amount, published = case.ceilings[ceiling][1], machine.datasheet(bench.device)
+    pairs = zip(times, case.times[f"ceiling {ceiling}"], strict=True)
+    bench.record(case.shape, case.dtype, name, "mfu_measured", "1", [work / own / (amount / t) for own, t in pairs])
+    if half and published:
+        bench.record(case.shape, case.dtype, name, "mfu_datasheet", "1", [work / own / published[0] for own in times])
 
 
 def providers(table: dict[str, Any], device: torch.device) -> list[tuple[str, Any]]:
     """(name, precision) of those that make sense here: on CUDA nobody trains these in float32."""
     if device.type == "cuda":
-        return [("ijepa", True)] if table is PEERS else [(n, p) for n, p in OURS.items() if p != "fp32"]
-    return list(table.items()) if has_bf16(device) else list(table.items())[:1]
+        return (
+            [("ijepa", True), ("ijepa_patched", True)]
+            if table is PEERS
+            else [(n, p) for n, p in OURS.items() if p != "fp32"]
+        )
+    return [(n, p) for n, p in table.items() if has_bf16(device) or p in (False, "fp32")]
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -250,7 +274,8 @@ class Peer:
     """facebookresearch/ijepa's step, put together from a checkout's own parts."""
 
     def __init__(
-        self, args: Any, name: str, config: Config, masks: MaskBatch, images: Tensor, device: torch.device, half: bool
+        self, args: Any, name: str, config: Config, masks: MaskBatch, images: Tensor, device: torch.device, half: bool,
+        patched: bool = False,
     ):  # fmt: skip
         if not (args.peer / "src" / "helper.py").is_file():
             raise SystemExit(f"error: {args.peer} is no checkout of facebookresearch/ijepa: it has no src/helper.py")
@@ -278,6 +303,9 @@ class Peer:
         )
         self.target, _ = helper.init_model(device, config.model.patch, SHAPES[name][0], args.image)
         self.target.requires_grad_(False)
+        self.patched = patched
+        if patched:
+            patch(self.encoder, self.target, self.predictor, compiled=device.type == "cuda")
         self.optimizer, *_ = helper.init_opt(self.encoder, self.predictor, 100, 0.0, LR, 1, 10)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = LR, 0.0 if group.get("WD_exclude") else 0.04
@@ -316,13 +344,18 @@ class Peer:
         loss = self.forward()
         loss.backward()
         self.optimizer.step()
-        self.grad_logger(self.encoder.named_parameters())
+        if not self.patched:
+            self.grad_logger(self.encoder.named_parameters())
         self.optimizer.zero_grad()
         self.average()
-        float(loss.detach())
+        if not self.patched:
+            float(loss.detach())
 
     @torch.no_grad()
     def average(self) -> None:
+        if self.patched:
+            foreach_ema(self.target, self.encoder, DECAY)
+            return
         for source, target in zip(self.encoder.parameters(), self.target.parameters(), strict=True):
             target.data.mul_(DECAY).add_((1.0 - DECAY) * source.detach().data)
 
@@ -344,7 +377,8 @@ class Peer:
 
         def optimizer() -> None:
             self.optimizer.step()
-            self.grad_logger(self.encoder.named_parameters())
+            if not self.patched:
+                self.grad_logger(self.encoder.named_parameters())
             self.optimizer.zero_grad()
             for parameter, gradient in gradients:
                 parameter.grad = gradient

@@ -90,19 +90,17 @@ part_tests() {
     fi
 }
 part_ema() { bench ema; }
-part_step() { # ours at a batch that fills the device; beside the peer, whose activations are larger, H at 32
+part_step() { # beside the peer, whose activations are larger, H takes 32 images; without it what fills the device
     [ -z "$dry" ] || { bench step ${peer:+--peer "$peer"}; return; }
-    local huge=(--batch 128)
+    local code=0 huge=(--batch 128)
     [ -z "$peer" ] || huge=(--batch 32 --peer "$peer")
-    local code=0 ours="ours_bf16_compiled ours_bf16_residual_compiled" theirs="peer_bf16 peer_patched"
     share() { # SECONDS OPTION ...: one size, with a bound of its own
         local bound=$1; shift
-        BENCH_DEADLINE=$(($(date +%s) + bound - 10)) timeout "$bound" bash -c 'bench step "$@"' _ --compile --seconds 8 "$@" \
-            || code=1
+        BENCH_DEADLINE=$(($(date +%s) + bound - 10)) timeout "$bound" bash -c 'bench step "$@"' _ --seconds 8 "$@" || code=1
     }
-    share 55 --model vit_base --batch 128 ${peer:+--peer "$peer"} --providers $theirs $ours
-    share 60 --model vit_huge --patch 14 "${huge[@]}" --providers $theirs $ours
-    share 35 --model vit_large --batch 128 --providers ours_bf16_compiled
+    share 55 --shapes vit_b16 ${peer:+--peer "$peer"}
+    share 60 --shapes vit_h14 "${huge[@]}"
+    share 38 --shapes vit_l16
     return $code
 }
 part_monitor() { bench monitor --seconds 8; }

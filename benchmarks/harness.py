@@ -300,11 +300,12 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 0) -> tupl
 
 
 def peak_memory(call: Call, device: torch.device) -> float | None:
-    """Bytes allocated at the peak of one call on CUDA, what was there before included; None on a CPU."""
+    """Bytes of CUDA memory that one call takes at its peak, above what is allocated before it; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     call()
     torch.cuda.synchronize(device)
-    return float(torch.cuda.max_memory_allocated(device))
+    return float(torch.cuda.max_memory_allocated(device) - before)

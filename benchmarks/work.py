@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from jepa_fast.config import Config, replace
-from jepa_fast.data.masks import sample_masks
+from jepa_fast.data.masks import MaskBatch, sample_masks
+from jepa_fast.data.packing import plan
+from jepa_fast.flops import step_flops
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.presets import preset
 
@@ -51,13 +53,16 @@ class Op:
 @cache
 def tokens(name: str, mode: str, step: int = 0, images: int = BATCH) -> Tokens:
     """Of the batch that a run would draw at that step."""
-    config = configuration(name, mode)
-    count = int(np.prod(config.grid))
-    samples = np.arange(images) + step * images
-    masks = sample_masks(config.masks, config.grid, 0, step, np.zeros(images, np.int64), samples)
+    masks = _masks(name, mode, step, images)
     context, target = masks.context_lengths, masks.target_lengths
     each = np.repeat(context + target, masks.num_targets)
-    return Tokens([count] * images, context.tolist(), each.tolist())
+    return Tokens([configuration(name, mode).num_tokens] * images, context.tolist(), each.tolist())
+
+
+def _masks(name: str, mode: str, step: int, images: int) -> MaskBatch:
+    config = configuration(name, mode)
+    samples = np.arange(images) + step * images
+    return sample_masks(config.masks, config.grid, 0, step, np.zeros(images, np.int64), samples)
 
 
 @cache
@@ -140,13 +145,12 @@ def stages(name: str, mode: str, residual: int = 2, eager: bool = False) -> dict
     }
 
 
+@cache
 def model_flops(name: str, mode: str) -> float:
-    """What MFU counts: each product and attention once forward, twice backward."""
-    total = 0.0
-    for stage, ops in stages(name, mode).items():
-        half = len(ops) // 2 if stage in ("context encoder", "predictor") else len(ops)
-        total += sum(op.flops for op in ops[:half]) * (3 if half < len(ops) else 1)
-    return total
+    """What MFU counts (jepa_fast.flops): of products and attention, backward included, what the loss needs."""
+    config = configuration(name, mode)
+    drawn = (plan(_masks(name, mode, step, BATCH), config.num_tokens) for step in range(DRAWS))
+    return sum(step_flops(config, each).total for each in drawn) / DRAWS
 
 
 def configuration(name: str, mode: str) -> Config:
