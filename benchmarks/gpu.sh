@@ -127,6 +127,7 @@ part_profile() {
 # Seconds a part may take; all together they are the limit.
 declare -A most=([build]=60 [tests]=60 [ema]=50 [step]=155 [monitor]=65 [attention]=20 [data]=30 [checkpoint]=20 [train]=45
     [profile]=25)
+if [ -n "$dry" ]; then for part in $ALL; do most[$part]=120; done; fi # a busy CPU is no fault of the script
 
 # ---- one after the other -----------------------------------------------------------------------------------
 
