@@ -7,6 +7,7 @@ from jepa_fast.errors import UsageError, one_line_errors, suggest
 
 VERBS = {
     "train": "train a JEPA and say which phase it is in",
+    "shards": "make, verify and describe shards",
     "report": "write a run's report.html again, or a figure of the paper from runs",
     "probe": "say what a run's encoders are worth, on its data or another set",
     "sweep": "train over a grid of fields, and compare",

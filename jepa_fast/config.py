@@ -28,7 +28,10 @@ class Run:
 class Data:
     kind: Literal["images", "series"] = "series"
     path: str = ""
-    """Shards (a folder of .tar, or a brace pattern), an image folder, CIFAR batches, a series file. Empty: `embedded`."""
+    """Shards (a folder of .tar, a brace pattern, a glob, URLs), an image folder, CIFAR batches, a series file; several
+    joined by `::`, or as lines of a .txt file. Empty: `embedded`."""
+    weights: tuple[float, ...] = ()
+    """Shares of the entries of `path` in every batch. Empty: they are one data set."""
     embedded: Literal["", "sensor", "digits", "textures", "textures224"] = ""
     """Data made on this machine, used when `path` is empty."""
     hint: str = ""
@@ -41,6 +44,8 @@ class Data:
     """RandomResizedCrop for training; off: the whole image, resized."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
     """Share of the image's area that a crop takes."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Antialiased, either way."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     series_length: int = 500
@@ -51,6 +56,10 @@ class Data:
     """Decoding threads of one process."""
     max_bad_share: float = 0.01
     """Largest share of samples that may be unreadable; those are replaced and reported."""
+    shuffle_window: int = 0
+    """Samples that are shuffled among themselves, out of 16 stretches of the files: for network disks. 0: all."""
+    num_samples: int = 0
+    """Samples of one pass over remote shards, which nobody can count beforehand."""
     label_filter: str = ""
     """File with one class (wnid or label) a line: only these are kept."""
 
@@ -292,6 +301,7 @@ class Config:
     def check(self) -> "Config":
         """Refuse what cannot work. Raises UsageError naming the field, its value and the mend."""
         _check_ranges(self)
+        _check_weights(self)
         _check_geometry(self)
         return self
 
@@ -324,7 +334,7 @@ def _check_ranges(c: Config) -> None:
         "monitor.probe_train", "monitor.probe_test", "monitor.knn", "log.every", "perturb.every",
     ):  # fmt: skip
         _require(get(c, name) >= 1, name, get(c, name), "give a whole number of at least 1")
-    for name in ("data.channels", "data.series_length", "train.steps", "train.epochs", "train.seed", "optim.warmup_steps", "optim.warmup_epochs", "optim.lr", "optim.start_lr",
+    for name in ("data.channels", "data.series_length", "data.shuffle_window", "data.num_samples", "train.steps", "train.epochs", "train.seed", "optim.warmup_steps", "optim.warmup_epochs", "optim.lr", "optim.start_lr",
                  "optim.final_lr", "optim.weight_decay", "optim.final_weight_decay", "optim.clip", "checkpoint.every",
                  "checkpoint.keep", "monitor.spectrum_every", "monitor.lidar_every", "monitor.bound_every",
                  "monitor.spectral_every", "perturb.noise", "perturb.until", "monitor.lidar_views", "monitor.jacobian", "masks.context_tokens", "parallel.threads",
@@ -365,6 +375,17 @@ def _check_ranges(c: Config) -> None:
         (name, value) for name, value in flatten(c).items() if isinstance(value, float) and not math.isfinite(value)
     ]
     _require(not infinite, *(infinite or [("", "")])[0], "give a finite number")
+
+
+def _check_weights(c: Config) -> None:
+    weights = c.data.weights
+    _require(all(0 < w < math.inf for w in weights), "data.weights", weights, "give numbers above 0")
+    _require(
+        not weights or min(weights) >= sum(weights) / 1000,
+        "data.weights",
+        weights,
+        "each must be 0.001 of the sum or more",
+    )
 
 
 def _check_geometry(c: Config) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from jepa_fast.clock import Clock
 from jepa_fast.config import Config, get, replace, to_json
 from jepa_fast.data import packing
 from jepa_fast.data.dataset import Dataset, open_dataset
+from jepa_fast.data.health import Bad
 from jepa_fast.data.loader import Loader
 from jepa_fast.data.masks import check_masks
 from jepa_fast.data.packing import MaskPlan
+from jepa_fast.data.parts import changes
 from jepa_fast.data.sources import fixed_draw
 from jepa_fast.ema import TargetEMA
 from jepa_fast.errors import UsageError
@@ -123,6 +126,7 @@ def set_up(config: Config, resume: str, world: World, stop: survive.Preemption) 
     monitor = CollapseMonitor(
         folder, ema.fused, loss=jepa.loss, target_norm=jepa.target_norm, every=config.log.every,
         spectral_every=config.monitor.spectral_every, examination=examination, start=start, say=progress.say,
+        more=loader.health.record,
     )  # fmt: skip
     if state is not None:
         _restore_share(state, monitor, world)
@@ -135,6 +139,7 @@ def set_up(config: Config, resume: str, world: World, stop: survive.Preemption) 
             run.log.mirror_to_tensorboard(folder / "tensorboard", start)
         if start:
             run.log.event("resume", start, processes=world.size)
+        _tell_of_data(run, start, dataset.lost)
         _introduce(run)
     return run
 
@@ -211,9 +216,10 @@ def _examination(config: Config, dataset: Dataset, jepa: JEPA, world: World, cho
 
 
 def _refuse_other_data(state: dict[str, Any], dataset: Dataset, folder: Path) -> None:
-    if state["data"] != dataset.fingerprint:
+    changed = changes(state["data"], dataset.contents)
+    if changed:
         raise UsageError(
-            f"the data changed since {folder} was started (fingerprint {state['data'][:12]} then, {dataset.fingerprint[:12]} now); put the old data back, or start a new --run.dir"
+            f"the data changed since {folder} was started: {changed}; put the old data back, or start a new --run.dir"
         )
 
 
@@ -244,6 +250,8 @@ def _introduce(run: Run) -> None:
     predictor = sum(p.numel() for p in run.jepa.predictor.parameters())
     backend, reason = choose_backend(run.world.device, config.train.precision == "bf16")
     print(f"{config.preset}: {run.dataset.description}")
+    for note in run.dataset.notes:
+        print(f"data: {note}")
     print(
         f"encoder {encoder / 1e6:.2f} M and predictor {predictor / 1e6:.2f} M parameters, {config.num_tokens} tokens, masks {config.masks.mode}"
     )
@@ -266,6 +274,7 @@ def show(run: Run, record: dict) -> None:
     names = {"loss": "loss", "discrepancy": "discrepancy/visible", "drift": "drift/total", "probe": "probe/target"}
     shown = {name: record[key] for name, key in names.items() if key in record}
     run.progress.show(record["step"], shown | {"samples/s": record["images_per_s"]})
+    _tell_of_data(run, record["step"], run.loader.bad)
     if run.monitor.bad_in_a_row >= run.config.train.max_bad_steps:
         good = checkpoint.found(run.folder)
         raise UsageError(
@@ -273,6 +282,15 @@ def show(run: Run, record: dict) -> None:
             f"lower --optim.lr (now {run.config.optim.lr:g}), or look at the data; last checkpoint: "
             + (f"{run.folder / 'checkpoints' / f'step-{good[-1]}'}" if good else "none yet")
         )
+
+
+def _tell_of_data(run: Run, step: int, bad: list[Bad]) -> None:
+    """An event for each sample that was left out, once in a run however often it is resumed."""
+    if bad and run.log is not None:
+        told = {e["key"] for e in run.log.events if e["kind"] == "bad_sample"}
+        for one in bad:
+            if one.key not in told:
+                run.log.event("bad_sample", step, key=one.key, reason=one.reason, why=one.kind)
 
 
 Part = tuple[Output, MaskPlan, float]
@@ -304,7 +322,7 @@ def save(run: Run, step: int) -> None:
         own["rng/cuda"] = torch.cuda.get_rng_state()
     state = {
         "step": step,
-        "data": run.dataset.fingerprint,
+        "data": run.dataset.contents,
         "config": to_json(run.config),
         "processes": parallel.gather(own, run.world),
     }
@@ -344,15 +362,19 @@ def watched(run: Run) -> Iterator[None]:
 
 def close(run: Run) -> None:
     """Say what happened, in plain words, and where the report is."""
+    for bad in parallel.gather(run.loader.bad, run.world):
+        _tell_of_data(run, run.steps, bad)
     if run.log is None:
         return
-    for key, reason in run.loader.bad:
-        run.log.event("bad_sample", run.steps, key=key, reason=reason)
+    skipped = Counter(e["why"] for e in run.log.events if e["kind"] == "bad_sample")
     events = run.monitor.close()
     print()
     print(report.verdict(run.log.records, events, run.dataset.description))
     for event in events:
         print(sentence(event))
+    if skipped:
+        reasons = ", ".join(f"{count} {why}" for why, count in sorted(skipped.items()))
+        print(f"samples left out: {sum(skipped.values())} ({reasons}); events.jsonl names them")
     print(f"report: {report.write(run.folder)}", flush=True)
     if run.lock:
         run.lock.close()

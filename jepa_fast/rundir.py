@@ -11,8 +11,12 @@ from jepa_fast import checkpoint
 from jepa_fast.config import Config, flatten, from_json, replace, to_json
 from jepa_fast.errors import UsageError
 
-# What may differ when a run goes on: how long, how often it writes, and on how many devices.
-MAY_CHANGE = ("train.steps", "train.epochs", "log.", "checkpoint.", "parallel.", "profile.", "run.dir", "data.workers")
+# What may differ when a run goes on: how long, how often it writes, on how many devices, and where the data lie (what
+# they are is compared by itself).
+MAY_CHANGE = (
+    "train.steps", "train.epochs", "log.", "checkpoint.", "parallel.", "profile.", "run.dir",
+    "data.workers", "data.path", "data.max_bad_share",
+)  # fmt: skip
 LOCK = ".lock"
 
 

@@ -9,8 +9,9 @@ from PIL import Image
 from jepa_fast.config import replace
 from jepa_fast.data import embedded
 from jepa_fast.data.dataset import open_dataset
-from jepa_fast.data.shards import BadSample, write_shards
+from jepa_fast.data.shards import BadSample
 from jepa_fast.data.sources import fixed_draw
+from jepa_fast.data.writing import write_shards
 from jepa_fast.errors import UsageError
 from jepa_fast.presets import PRESETS, preset
 
@@ -179,8 +180,47 @@ def test_data_of_the_other_kind_are_pointed_to_the_right_preset(tmp_path):
         open_dataset(small_images(tmp_path / "x.tsv"))
     with pytest.raises(UsageError, match=r"jepa_fast.train series --data.path"):
         open_dataset(small_images(embedded.shards_of("sensor")[0]))
-    with pytest.raises(UsageError, match="files on this machine"):
-        open_dataset(small_images("s3://bucket/x.tar"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="holds no image"):
         open_dataset(small_images(tmp_path / "empty"))
+
+
+def test_several_sets_are_mixed_by_weight_and_the_first_is_probed(tmp_path):
+    for name, count in (("a", 20), ("b", 12)):
+        write_images(tmp_path / name / "cats", count // 2)
+        write_images(tmp_path / name / "dogs", count // 2, start=50)
+    path = f"{tmp_path / 'a'}::{tmp_path / 'b'}"
+    data = open_dataset(small_images(path, **{"data.weights": (3.0, 1.0)}))
+    assert len(data.train) == 32 and data.train.sizes == [20, 12] and data.train.labels is None
+    assert len(data.probe_train) + len(data.probe_test) == 20 and data.num_classes == 2
+    assert any("the probe looks at" in note for note in data.notes)
+    assert len(open_dataset(small_images(path)).train) == 32  # without weights: one set
+    with pytest.raises(UsageError, match=r"--data.weights has 1 numbers and --data.path 2 entries"):
+        open_dataset(small_images(path, **{"data.weights": (1.0,)}))
+    with pytest.raises(UsageError, match=r"--data.weights .*0.001"):
+        small_images(path, **{"data.weights": (1.0, 1e-6)}).check()
+
+
+def test_an_image_that_cannot_be_read_is_a_bad_sample(tmp_path):
+    write_images(tmp_path / "x", 3)
+    source = open_dataset(small_images(tmp_path / "x")).train
+    (tmp_path / "x" / "1.png").unlink()
+    (tmp_path / "x" / "2.png").unlink()
+    (tmp_path / "x" / "2.png").mkdir()
+    for index, kind in ((1, "missing"), (2, "unreadable")):
+        with pytest.raises(BadSample) as raised:
+            source.load(index, None)
+        assert raised.value.kind == kind
+
+
+def test_what_changed_is_named_by_class_folder(tmp_path):
+    from jepa_fast.data.parts import changes
+
+    write_images(tmp_path / "cats", 3)
+    write_images(tmp_path / "dogs", 3, start=9)
+    before = open_dataset(small_images(tmp_path)).contents
+    (tmp_path / "dogs" / "0.png").unlink()
+    write_images(tmp_path / "owls", 2, start=5)
+    said = changes(before, open_dataset(small_images(tmp_path)).contents)
+    assert said.startswith("dogs held 3 files") and "and holds 2 files" in said and "owls is new" in said
+    assert changes(before, before) == ""

@@ -19,10 +19,10 @@ STAGES = [
     {"rundir"},
     {"cli", "report"},
     {"run"},
-    {"train", "theorem", "probe", "sweep"},
+    {"train", "theorem", "probe", "sweep", "shards"},
     {"__main__"},
 ]
-VERBS = {"train", "theorem", "probe", "sweep", "__main__"}
+VERBS = {"train", "theorem", "probe", "sweep", "shards", "__main__"}
 LEVEL = {name: level for level, names in enumerate(STAGES) for name in names}
 
 

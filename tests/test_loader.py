@@ -11,6 +11,7 @@ from jepa_fast.config import replace
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.loader import Loader
 from jepa_fast.data.shards import BadSample
+from jepa_fast.data.sources import Counts, Joined
 from jepa_fast.errors import UsageError
 from jepa_fast.presets import preset
 
@@ -21,10 +22,13 @@ class Noise:
     labels = None
 
     def __init__(self, count, bad=()):
-        self.count, self.bad = count, set(bad)
+        self.count, self.bad, self.counts = count, set(bad), Counts()
 
     def __len__(self):
         return self.count
+
+    def prepare(self, indices):
+        pass
 
     def load(self, index, rng):
         if index in self.bad:
@@ -85,7 +89,7 @@ def test_bad_samples_are_replaced_reported_once_and_the_same_for_everyone():
     loader = Loader(config(), Noise(400, bad=[3, 4, 200]), 5, 0, 1, 0, 100)
     numbers = np.concatenate([b.samples for b in loader])
     loader.close()
-    assert sorted(loader.bad) == [("noise:200", "unreadable"), ("noise:3", "unreadable"), ("noise:4", "unreadable")]
+    assert sorted((b.key, b.reason) for b in loader.bad) == [(f"noise:{i}", "unreadable") for i in (200, 3, 4)]
     assert (
         not set(numbers) & {3, 4, 200} and np.bincount(numbers)[5] == 6
     )  # in place of 3 and 4, and for itself, in two epochs
@@ -126,3 +130,69 @@ def test_the_demo_trains_on_its_shards():
     assert first.inputs.shape == (32, 1, 500) and first.inputs.dtype == torch.float32
     np.testing.assert_array_equal(first.inputs[4], data.train.load(int(first.samples[4]), None))
     assert len(first.plans[0].context_index) == 32 * 3 and len(first.plans[0].target_index) == 32 * 7
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_killed_at_random_and_going_on_with_fewer_processes_every_sample_comes_once_an_epoch(window):
+    """8 processes, then 4, 2, 1: the same global batches as one process that never stopped."""
+    rng = np.random.default_rng(window)
+    source, changes = Noise(137), {"data.shuffle_window": window, "train.batch_size": 16}
+    whole = batches(stop=30, source=source, **changes)
+    start, seen = 0, []
+    for size, stop in zip(
+        (8, 4, 2, 1), [*np.sort(rng.choice(np.arange(2, 29), 3, replace=False)).tolist(), 30], strict=True
+    ):
+        ahead = stop + int(rng.integers(0, 3))  # what was made ahead when it was killed is made again
+        parts = [batches(start, min(30, ahead), rank, size, source, **changes) for rank in range(size)]
+        for shares in zip(*(part[: stop - start] for part in parts), strict=True):
+            expected = whole[shares[0].step]
+            assert torch.equal(expected.inputs, torch.cat([s.inputs for s in shares]))
+            assert torch.equal(expected.plans[0].target_index, torch.cat([s.plans[0].target_index for s in shares]))
+            seen += [(int(e), int(n)) for s in shares for e, n in zip(s.epochs, s.samples, strict=True)]
+        start = stop
+    assert len(seen) == len(set(seen)) == 30 * 16
+    for epoch in range(3):
+        assert sorted(n for e, n in seen if e == epoch) == list(range(137))
+
+
+def test_sets_are_mixed_by_weight_and_kept_apart():
+    source = Joined([Noise(50), Noise(20, bad=[3])])
+    changes = {"data.weights": (3.0, 1.0), "data.max_bad_share": 0.1, "train.batch_size": 16}
+    got = batches(stop=40, source=source, **changes)
+    numbers = np.concatenate([b.samples for b in got])
+    assert abs((numbers >= 50).mean() - 0.25) < 0.02 and 53 not in numbers
+    assert torch.equal(batches(start=39, stop=40, source=source, **changes)[0].inputs, got[39].inputs)
+
+
+def test_health_tells_rates_and_reasons():
+    loader = Loader(config(**{"data.max_bad_share": 0.5}), Noise(40, bad=[3, 4]), 5, 0, 1, 0, 12)
+    list(loader)
+    loader.close()
+    record = loader.health.record()
+    assert 0 < record["data/wait_share"] <= 1 and record["data/bad"] == 2 and record["data/per_worker_s"] > 0
+    assert loader.health.kinds() == {"unreadable": 2}
+    assert loader.health.record()["data/per_worker_s"] == 0.0  # nothing since
+
+
+def test_buffers_of_a_device_are_used_again_and_hold_the_same_batches(monkeypatch):
+    """With pinned memory, as on CUDA; here the memory is plain."""
+    from jepa_fast.data import loader as module
+    from jepa_fast.data.packing import MaskPlan
+
+    class Passed:
+        def synchronize(self):
+            pass
+
+    real = torch.empty
+    monkeypatch.setattr(module.torch, "empty", lambda *a, pin_memory=False, **k: real(*a, **k))
+    monkeypatch.setattr(module, "cuda_mark", Passed)
+    monkeypatch.setattr(MaskPlan, "pin", lambda self: self)
+    expected = batches(stop=40)
+    loader = Loader(config(), Noise(37), 5, 0, 1, 0, 40)
+    loader._pin = True
+    where = set()
+    for batch, same in zip(loader, expected, strict=True):
+        assert torch.equal(batch.inputs, same.inputs)
+        where.add(batch.inputs.data_ptr())
+    loader.close()
+    assert 1 < len(where) <= module.AHEAD + module.IN_WORK + 2

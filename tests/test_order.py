@@ -49,3 +49,76 @@ def test_samples_have_streams_of_their_own():
 def test_nothing_to_order_is_refused():
     with pytest.raises(ValueError, match="got 0 and 4"):
         Order(0, 4, 0)
+
+
+@given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 80), st.integers(0, 2**40))
+@settings(max_examples=60, deadline=None)
+def test_a_block_shuffle_is_as_exact(num_samples, batch_size, window, seed):
+    order = Order(num_samples, batch_size, seed, window)
+    steps = -(-3 * num_samples // batch_size)
+    epochs, samples = (np.concatenate(x) for x in zip(*(order.batch(s) for s in range(steps)), strict=True))
+    for epoch in range(3):
+        assert sorted(samples[epochs == epoch]) == list(range(num_samples))
+    np.testing.assert_array_equal(
+        Order(num_samples, batch_size, seed, window).batch(steps - 1)[1], samples[-batch_size:]
+    )
+
+
+def test_a_block_shuffle_reads_a_window_in_few_stretches():
+    order = Order(100_000, 64, 0, window=1600)
+    windows = order.permutation(0)[: 62 * 1600].reshape(-1, 1600)
+    stretches = [1 + int((np.diff(np.sort(w)) > 1).sum()) for w in windows]
+    assert max(stretches) <= 17
+    assert np.mean(np.abs(np.diff(windows[0]))) > 1000  # and they are mixed
+    full = Order(100_000, 64, 0).permutation(0)[:1600]
+    assert 1 + int((np.diff(np.sort(full)) > 1).sum()) > 1500
+    assert np.mean(order.permutation(0)[:1600] == order.permutation(1)[:1600]) < 0.02
+
+
+def test_a_window_as_large_as_the_set_is_the_full_permutation():
+    np.testing.assert_array_equal(Order(50, 8, 3, 50).permutation(2), Order(50, 8, 3).permutation(2))
+    np.testing.assert_array_equal(Order(40, 40, 3, 16).batch(0)[1], FROZEN_WINDOWS)
+
+
+FROZEN_WINDOWS = [
+    5,
+    1,
+    7,
+    13,
+    37,
+    2,
+    8,
+    6,
+    34,
+    11,
+    31,
+    26,
+    29,
+    19,
+    24,
+    18,
+    35,
+    28,
+    32,
+    39,
+    9,
+    21,
+    3,
+    30,
+    38,
+    23,
+    15,
+    10,
+    22,
+    25,
+    4,
+    36,
+    12,
+    33,
+    16,
+    14,
+    20,
+    17,
+    27,
+    0,
+]

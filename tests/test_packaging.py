@@ -33,7 +33,7 @@ def test_the_build_does_not_ask_for_torch_and_the_base_not_for_cuda():
     assert not names(PROJECT["project"]["dependencies"]) & {"torchvision", "flash-attn", "triton"}
 
 
-@pytest.mark.parametrize("verb", [[], ["--help"], ["train", "--list"], ["report", "--help"]])
+@pytest.mark.parametrize("verb", [[], ["--help"], ["train", "--list"], ["report", "--help"], ["shards", "--help"]])
 def test_the_console_script_has_the_verbs(verb, capsys):
     from jepa_fast.__main__ import main
 

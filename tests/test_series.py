@@ -67,7 +67,7 @@ def test_training_and_test_files_find_each_other(tmp_path):
 
 @pytest.mark.parametrize(("name", "text", "says"), [
     ("a.tsv", "1\t2\tx\n1\t2\t3\n1\tz\t3\n", "line 2: could not convert string to float: 'z'"),
-    ("b.tsv", "1\t2\t3\n1\t2\n", "series of 1 to 2 samples"),
+    ("b.tsv", "1\t2\t3\n1\t2\n", "series of unequal length: series 1 has 2 values, series 2 has 1"),
     ("c.tsv", "", "holds no series"),
     ("d.tsv", "1\t2\tNaN\n", "series 1 of 1 holds a missing or infinite value"),
     ("e.ts", "1,2,3:1\n", "line 1: data before the @data line"),
@@ -105,3 +105,25 @@ def test_normalisation():
     )
     assert series.normalise(x, "none", x) is x
     assert np.isfinite(series.normalise(np.ones((1, 1, 5), np.float32), "per_series", x)).all()
+
+
+def test_a_folder_of_series_takes_its_classes_from_folders(tmp_path):
+    from jepa_fast.config import replace
+    from jepa_fast.data.dataset import open_dataset
+    from jepa_fast.presets import preset
+
+    def opened():
+        return open_dataset(replace(preset("series"), {"data.path": str(tmp_path), "data.series_norm": "none"}))
+
+    for name in ("ok", "worn"):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            text = "a,b\n" + "".join(f"{i + t},{-t}\n" for t in range(5))
+            (tmp_path / name / f"{i}.csv").write_text(text)
+    data = opened()
+    assert data.shape == (2, 5) and data.num_classes == 2 and len(data.train) == 13
+    assert data.train.key(0).endswith(".csv")
+    np.testing.assert_array_equal(data.train.load(0, None)[1], -np.arange(5.0))
+    (tmp_path / "ok" / "3.csv").write_text("1,2\n3,4\n")
+    with pytest.raises(UsageError, match=r"3.csv holds 2 channels of 2 values and .*0.csv 2 channels of 5 values"):
+        opened()

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from jepa_fast.data import shards
-from jepa_fast.data.shards import BadSample, Shards, find, write_shards
+from jepa_fast.data import index
+from jepa_fast.data.finding import find
+from jepa_fast.data.shards import BadSample, Shards
+from jepa_fast.data.writing import write_shards
 from jepa_fast.errors import UsageError
 
 
@@ -27,7 +29,7 @@ def folder(tmp_path):
 
 
 def test_written_samples_come_back_in_any_order(folder):
-    held = Shards(find(str(folder))["train"])
+    held = Shards(find(str(folder))["train"].files)
     expected = list(samples(25))
     assert len(held) == 25 and held.labels.tolist() == [s["cls"] for s in expected]
     for i in (24, 0, 10, 9, 3):
@@ -48,7 +50,9 @@ def test_the_same_samples_give_the_same_bytes(folder, tmp_path):
     )
     for file in sorted(folder.glob("*.tar")):
         assert file.read_bytes() == (again / file.name).read_bytes()
-    assert Shards(find(str(again))["train"]).fingerprint() == Shards(find(str(folder))["train"]).fingerprint()
+    assert (
+        Shards(find(str(again))["train"].files).fingerprint() == Shards(find(str(folder))["train"].files).fingerprint()
+    )
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path):
@@ -69,9 +73,9 @@ def test_a_set_written_meanwhile_by_another_process_is_kept(tmp_path, folder):
 
 
 def test_the_index_is_kept_and_renewed_when_the_shard_changes(folder, monkeypatch):
-    files = find(str(folder))["train"]
+    files = find(str(folder))["train"].files
     Shards(files)
-    monkeypatch.setattr(shards, "_scan", lambda file: pytest.fail("indexed again"))
+    monkeypatch.setattr(index, "_scan", lambda file, stamp: pytest.fail("indexed again"))
     Shards(files)
     monkeypatch.undo()
     with webdataset.TarWriter(str(files[0]), mtime=0) as writer:
@@ -81,19 +85,19 @@ def test_the_index_is_kept_and_renewed_when_the_shard_changes(folder, monkeypatc
 
 
 def test_a_damaged_index_is_made_again(folder):
-    files = find(str(folder))["train"]
+    files = find(str(folder))["train"].files
     Shards(files)
-    files[0].with_name(f".{files[0].name}.idx.npz").write_bytes(b"rubbish")
+    files[0].with_name(f".{files[0].name}.idx").write_bytes(b"rubbish")
     assert len(Shards(files)) == 25
 
 
 def test_splits_come_from_info_or_names_or_the_neighbours(folder, tmp_path):
-    assert [len(v) for v in find(str(folder)).values()] == [3, 1]
+    assert [len(v.files) for v in find(str(folder)).values()] == [3, 1]
     (folder / "_info.json").unlink()
-    assert [len(v) for v in find(str(folder)).values()] == [3, 1]
+    assert [len(v.files) for v in find(str(folder)).values()] == [3, 1]
     pattern = find(str(folder / "toy-train-{0000..0001}.tar"))
-    assert [f.name for f in pattern["train"]] == ["toy-train-0000.tar", "toy-train-0001.tar"]
-    assert [f.name for f in pattern["test"]] == ["toy-test-0000.tar"]
+    assert [f.name for f in pattern["train"].files] == ["toy-train-0000.tar", "toy-train-0001.tar"]
+    assert [f.name for f in pattern["test"].files] == ["toy-test-0000.tar"]
 
 
 def test_images_of_imagenet_shards_know_their_class(tmp_path):
@@ -108,15 +112,15 @@ def test_images_of_imagenet_shards_know_their_class(tmp_path):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     held = Shards([file])
-    assert held.labels.tolist() == [0, 7] and held.names.tolist() == ["n01440764", "n02102040"]
+    assert held.labels.tolist() == [0, 7] and held.names == ["n01440764", "n02102040"]
     assert [held.read(i) for i in (0, 1)] == [b"\xff\xd8x", b"\xff\xd8yy"]
 
 
-def test_a_truncated_shard_is_a_bad_sample_not_a_crash(folder):
-    files = find(str(folder))["train"]
+def test_a_shard_that_changes_under_a_run_is_a_bad_sample_not_a_crash(folder):
+    files = find(str(folder))["train"].files
     held = Shards(files)
     files[2].write_bytes(files[2].read_bytes()[:2000])
-    with pytest.raises(BadSample, match="bytes early"):
+    with pytest.raises(BadSample, match="changed after it was indexed"):
         held.read(24)
 
 
@@ -138,3 +142,77 @@ def test_missing_and_empty_shards_are_refused_by_name(folder, tmp_path):
     rubbish.write_bytes(b"not a tar file" * 100)
     with pytest.raises(UsageError, match=r"rubbish.tar is not a tar file"):
         Shards([rubbish])
+
+
+def test_shards_in_part_damaged_tell_what_is_lost(folder):
+    train = find(str(folder))["train"]
+    data = train.files[1].read_bytes()
+    train.files[1].write_bytes(data[: len(data) // 3 + 100])
+    train.files[2].write_bytes(b"")
+    held = Shards(train.files, train.lengths)
+    assert len(held) + len(held.lost) == 25 and len(held.lost) == sum(train.lengths) - len(held)
+    assert all(where.startswith(("toy-train-0001.tar:", "toy-train-0002.tar:")) for where, _ in held.lost)
+    assert sum("is empty (0 bytes)" in why for _, why in held.lost) == 5
+    assert len(Shards(train.files).lost) == 2  # without _info.json: the cut sample, and that the other shard is nothing
+
+
+def test_a_shard_with_less_than_info_counts_is_noticed(folder):
+    (folder / "_info.json").write_text((folder / "_info.json").read_text().replace("5\n", "6\n", 1))
+    train = find(str(folder))["train"]
+    assert train.lengths[-1] == 6
+    assert [where for where, _ in Shards(train.files, train.lengths).lost] == ["toy-train-0002.tar:sample 5"]
+
+
+def test_lists_globs_braces_and_files_of_names(folder, tmp_path):
+    every = [f"toy-train-{i:04}.tar" for i in range(3)]
+    (tmp_path / "list.txt").write_text("# mine\na set/toy-train-0000.tar\na set/toy-train-000[12].tar\n")
+    for path in (
+        folder / "toy-train-*.tar",
+        folder / "toy-train-{0000..0002}.tar",
+        f"{folder}/toy-train-0000.tar::{folder}/toy-train-000{{1,2}}.tar",
+        tmp_path / "list.txt",
+    ):
+        assert [f.name for f in find(str(path))["train"].files] == every, path
+    with pytest.raises(UsageError, match="twice"):
+        find(f"{folder}/toy-train-0000.tar::{folder}/toy-train-*.tar")
+    with pytest.raises(UsageError, match="matches no file"):
+        find(str(folder / "nothing-*.tar"))
+    with pytest.raises(UsageError, match="empty entry"):
+        find(f"{folder}::")
+
+
+def test_a_folder_for_each_split_and_shards_of_one_name_in_two(folder, tmp_path):
+    for split, name in (("train", "toy-train-0000.tar"), ("val", "toy-test-0000.tar")):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        (tmp_path / "in" / split / "0000.tar").write_bytes((folder / name).read_bytes())
+    found = find(str(tmp_path / "in"))
+    assert [len(Shards(found[split].files)) for split in ("train", "test")] == [10, 7]
+    two = Shards([*found["train"].files, *found["test"].files])
+    assert len(two.parts()) == 2
+
+
+def test_few_files_stay_open_and_threads_may_share_them(folder):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from jepa_fast.data.descriptors import Descriptors
+
+    held = Shards(find(str(folder))["train"].files)
+    held._descriptors = Descriptors(most=2)
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(0, 25, 400)
+    expected = [held.read(i) for i in range(25)]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(held.read, numbers.tolist())) == [expected[i] for i in numbers]
+    held.prepare(numbers)
+    assert len(held._descriptors) <= 2
+    held._descriptors.close()
+    assert len(held._descriptors) == 0 and held.read(3) == expected[3]
+
+
+def test_a_shard_that_disappears_is_a_bad_sample(folder):
+    held = Shards(find(str(folder))["train"].files)
+    held.files[1].unlink()
+    held.prepare(np.arange(25))
+    with pytest.raises(BadSample, match="no longer there") as raised:
+        held.read(12)
+    assert raised.value.kind == "shard_missing" and held.read(3)

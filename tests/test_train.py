@@ -32,7 +32,7 @@ def go(*args):
 
 def metrics(run_dir):
     """Records without what measures time."""
-    timed = ("time/", "memory/", "images_per_s", "tokens_per_s", "flops_per_s", "mfu/")
+    timed = ("time/", "data/", "memory/", "images_per_s", "tokens_per_s", "flops_per_s", "mfu/")
     return [{k: v for k, v in r.items() if not k.startswith(timed)} for r in read(Path(run_dir) / "metrics.jsonl")]
 
 

@@ -5,7 +5,6 @@ $JEPA_FAST_CACHE, or jepa_fast under the user's cache folder.
 """
 
 import io
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jepa_fast.data.shards import write_shards
+from jepa_fast.data.cache import cache_folder
+from jepa_fast.data.writing import write_shards
 from jepa_fast.errors import UsageError
 
 Splits = dict[str, Iterator[dict]]
@@ -29,7 +29,7 @@ class Embedded:
 def shards_of(name: str) -> tuple[Path, str]:
     """(folder of shards, description) of an embedded set, made now if this is its first use."""
     entry = SETS[name]
-    folder = cache() / f"{name}-v{entry.version}"
+    folder = cache_folder() / f"{name}-v{entry.version}"
     if not (folder / "_info.json").is_file():
         print(f"writing the {name} set to {folder} (once)", flush=True)
         try:
@@ -39,12 +39,6 @@ def shards_of(name: str) -> tuple[Path, str]:
                 f"cannot write {folder}: {error.strerror}; set JEPA_FAST_CACHE to a folder that can be written"
             ) from None
     return folder, entry.description
-
-
-def cache() -> Path:
-    if os.environ.get("JEPA_FAST_CACHE"):
-        return Path(os.environ["JEPA_FAST_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepa_fast"
 
 
 # ---- sensor -------------------------------------------------------------------------------------

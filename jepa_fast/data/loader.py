@@ -1,14 +1,16 @@
 """Batches ahead of the loop: order -> samples -> masks -> one HostBatch a step, made by background threads.
 
 Sample, augmentation and masks of a row depend on (seed, epoch, sample) alone, so a resumed run, and a run
-on another number of processes, sees the same global batches.
+on another number of processes, sees the same global batches. Threads and no processes: decoding and resizing run
+outside Python's lock, and nothing is forked beside OpenMP.
 """
 
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,20 +20,28 @@ from torch import Tensor
 from jepa_fast import schedules
 from jepa_fast.config import Config
 from jepa_fast.data import packing
+from jepa_fast.data.health import TRUSTED, Bad, Health
 from jepa_fast.data.masks import sample_masks
+from jepa_fast.data.mixture import Mixture
 from jepa_fast.data.order import Order, philox
 from jepa_fast.data.packing import Ladder, MaskPlan
+from jepa_fast.data.ring import Ring, cuda_mark
 from jepa_fast.data.shards import BadSample
-from jepa_fast.data.sources import Source
+from jepa_fast.data.sources import Joined, Source
+from jepa_fast.data.streams import Arrival, Stream
 from jepa_fast.errors import UsageError
 
 AHEAD = 3  # batches made before they are asked for
-TRUSTED = 200  # samples after which a share of bad ones means something
+IN_WORK = 2  # batches being decoded at a time, so that no thread waits for the slowest of a batch
+AT_A_TIME = 8  # samples a thread takes at once
 
 
 @dataclass
 class HostBatch:
-    """One process's share of a global batch, in host memory (pinned where there is CUDA)."""
+    """One process's share of a global batch, in host memory.
+
+    Where there is CUDA the inputs are pinned, and belong to the loader again as soon as the next batch is asked for.
+    """
 
     step: int
     inputs: Tensor  # uint8 [b, C, H, W] or float32 [b, C, L]
@@ -50,6 +60,18 @@ class HostBatch:
             done += count
 
 
+@dataclass
+class _Begun:
+    """A batch in work."""
+
+    step: int
+    everyone: tuple[np.ndarray, np.ndarray]  # epochs and samples of the global batch
+    inputs: Tensor
+    epochs: np.ndarray
+    samples: np.ndarray
+    parts: list[Future]
+
+
 class Loader:
     """Iterates over the HostBatches of steps `start` to `stop` - 1 of process `rank` of `world_size`.
 
@@ -65,15 +87,24 @@ class Loader:
         self.rows = slice(rank * share, (rank + 1) * share)
         self.micro = config.parallel.micro_batch or share
         self.steps = range(start, stop)
-        self.order = Order(len(source), config.train.batch_size, seed)
-        self.bad: list[tuple[str, str]] = []  # (where, why), each sample once
-        self._bad_samples: dict[int, str] = {}
-        self._num_loaded = 0
+        self.order = _order(config, source, seed)
+        if isinstance(source, Stream):
+            source.share(rank, world_size)
+        self.health = Health(lambda: source.counts)
+        self._bad_samples: dict[int, Bad] = {}
         self._pin = torch.cuda.is_available()
+        self._device = torch.cuda.current_device() if self._pin else None
+        self._ring: Ring | None = None
+        self._shape: tuple[tuple[int, ...], torch.dtype] | None = None
         self._ready: queue.Queue[HostBatch | BaseException] = queue.Queue(AHEAD)
         self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="decode")
         self._thread: threading.Thread | None = None
+
+    @property
+    def bad(self) -> list[Bad]:
+        """Samples that could not be read, each once, in the order they were met."""
+        return self.health.bad
 
     def __iter__(self) -> Iterator[HostBatch]:
         assert self._thread is None, "a loader is iterated once"
@@ -85,7 +116,10 @@ class Loader:
             if isinstance(batch, BaseException):
                 raise batch
             batch.wait = time.monotonic() - began
+            self.health.waited += batch.wait
             yield batch
+            if self._ring is not None:
+                self._ring.give_back(batch.inputs)
 
     def close(self) -> None:
         """Stop the threads; batches made ahead are dropped."""
@@ -93,12 +127,23 @@ class Loader:
         if self._thread is not None:
             self._thread.join()
         self._pool.shutdown(cancel_futures=True)
+        if isinstance(self.source, Stream):
+            self.source.close()
 
     def _produce(self) -> None:
         try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)  # of a thread: else pinning makes a context on the first device
+            begun: deque[_Begun] = deque()
             for step in self.steps:
-                if not self._put(self._batch(step)):
+                begun.append(self._begin(step))
+                if len(begun) == IN_WORK and not self._put(self._finish(begun.popleft())):
                     return
+            while begun:
+                if not self._put(self._finish(begun.popleft())):
+                    return
+        except _Closing:
+            pass
         except BaseException as error:  # whatever it is, the loop must hear of it
             self._put(error)
 
@@ -111,16 +156,26 @@ class Loader:
                 continue
         return False
 
-    def _batch(self, step: int) -> HostBatch:
+    def _begin(self, step: int) -> _Begun:
+        everyone = self.order.batch(step)
+        epochs, samples = everyone[0][self.rows], everyone[1][self.rows].copy()
+        self.source.prepare(samples)
+        inputs = self._buffer(int(epochs[0]), int(samples[0]))
+        batch = _Begun(step, everyone, inputs, epochs, samples, [])
+        asked = samples.copy()  # `samples` is changed where one is replaced
+        in_file_order = np.argsort(samples, kind="stable")
+        for i in range(0, len(samples), AT_A_TIME):
+            batch.parts.append(self._pool.submit(self._fill, batch, asked, in_file_order[i : i + AT_A_TIME]))
+        return batch
+
+    def _finish(self, batch: _Begun) -> HostBatch:
         config = self.config
-        epochs, samples = self.order.batch(step)
         masks = sample_masks(
-            schedules.masks(config.masks, step, self.steps.stop - 1),
+            schedules.masks(config.masks, batch.step, self.steps.stop - 1),
             config.grid,
             self.seed,
-            step,
-            epochs,
-            samples,
+            batch.step,
+            *batch.everyone,
             self.rows.start,
             self.rows.stop,
         )
@@ -128,42 +183,69 @@ class Loader:
             packing.plan(masks.rows(i, min(i + self.micro, len(masks.context_lengths))), config.num_tokens, self.ladder)
             for i in range(0, len(masks.context_lengths), self.micro)
         ]
-        epochs, samples = epochs[self.rows], samples[self.rows]
-        shares = np.array_split(np.arange(len(samples)), config.data.workers)
-        loaded = [
-            row
-            for rows in self._pool.map(lambda s: [self._load(int(epochs[i]), int(samples[i])) for i in s], shares)
-            for row in rows
-        ]
-        self._num_loaded += len(loaded)
-        self._count_bad()
-        inputs = torch.from_numpy(np.stack([values for values, _ in loaded]))
+        busy = [part.result() for part in batch.parts]
+        self.health.add(len(batch.samples), sum(busy), list(self._bad_samples.values()))
+        self._refuse_too_many_bad()
         if self._pin:
-            inputs, plans = inputs.pin_memory(), [plan.pin() for plan in plans]
-        return HostBatch(step, inputs, plans, epochs, np.array([index for _, index in loaded]))
+            plans = [plan.pin() for plan in plans]
+        return HostBatch(batch.step, batch.inputs, plans, batch.epochs, batch.samples)
+
+    def _buffer(self, epoch: int, sample: int) -> Tensor:
+        """Memory for the inputs of one batch."""
+        if self._shape is None:
+            first = torch.from_numpy(self._load(epoch, sample)[0])
+            self._shape = ((self.rows.stop - self.rows.start, *first.shape), first.dtype)
+        shape, dtype = self._shape
+        if not self._pin:
+            return torch.empty(shape, dtype=dtype)
+        if self._ring is None:
+            self._ring = Ring(AHEAD + IN_WORK + 2, lambda: torch.empty(shape, dtype=dtype, pin_memory=True), cuda_mark)
+        while not self._closing.is_set():
+            buffer = self._ring.take(timeout=0.1)
+            if buffer is not None:
+                return buffer
+        raise _Closing
+
+    def _fill(self, batch: _Begun, asked: np.ndarray, rows: np.ndarray) -> float:
+        """Load some rows of a batch into its memory; the seconds it took."""
+        began = time.perf_counter()
+        inputs = batch.inputs.numpy()
+        for row in rows.tolist():
+            inputs[row], batch.samples[row] = self._load(int(batch.epochs[row]), int(asked[row]))
+        return time.perf_counter() - began
 
     def _load(self, epoch: int, sample: int) -> tuple[np.ndarray, int]:
         """The sample, or the next that can be read; and which it was."""
         rng = np.random.Generator(philox(self.seed, epoch, sample))
         for further in range(len(self.source)):
-            index = (sample + further) % len(self.source)
+            index = (sample + further) % len(self.source) if further else sample  # a stream has no end
             if index in self._bad_samples:
                 continue
             try:
                 return self.source.load(index, rng), index
             except BadSample as error:
-                self._bad_samples[index] = str(error)
-        raise UsageError(
-            f"not one of the {len(self.source)} samples can be read; {self.source.key(sample)}: {self._bad_samples[sample]}"
-        )
+                self._bad_samples[index] = Bad(self.source.key(index), error.kind, str(error))
+        first = self._bad_samples[sample]
+        raise UsageError(f"not one of the {len(self.source)} samples can be read; {first.key}: {first.reason}")
 
-    def _count_bad(self) -> None:
-        for index, reason in list(self._bad_samples.items())[len(self.bad) :]:
-            self.bad.append((self.source.key(index), reason))
-        seen, limit = min(self._num_loaded, len(self.source)), self.config.data.max_bad_share
-        if len(self.bad) > limit * max(seen, TRUSTED):
-            key, reason = self.bad[-1]
+    def _refuse_too_many_bad(self) -> None:
+        bad, limit = self.health.bad, self.config.data.max_bad_share
+        seen = min(self.health.samples, len(self.source))
+        if len(bad) > limit * max(seen, TRUSTED):
             raise UsageError(
-                f"{len(self.bad)} of the first {seen} samples cannot be read, more than --data.max_bad_share {limit:g}; "
-                f"the last is {key}: {reason}; mend the data, or allow more"
+                f"{len(bad)} of the first {seen} samples cannot be read, more than --data.max_bad_share {limit:g}; "
+                f"the last is {bad[-1].key}: {bad[-1].reason}; mend the data, or allow more"
             )
+
+
+class _Closing(Exception):
+    """The loop is gone; nobody needs another batch."""
+
+
+def _order(config: Config, source: Source, seed: int) -> Order | Mixture | Arrival:
+    batch_size, window = config.train.batch_size, config.data.shuffle_window
+    if isinstance(source, Stream):
+        return Arrival(batch_size, len(source))
+    if isinstance(source, Joined) and config.data.weights:
+        return Mixture(source.sizes, config.data.weights, batch_size, seed, window)
+    return Order(len(source), batch_size, seed, window)

@@ -16,6 +16,7 @@ SUFFIXES = (".tsv", ".ts", ".pt", ".npy", ".csv")
 class SeriesFile:
     samples: np.ndarray  # float32 [n, C, L]
     labels: np.ndarray | None  # str [n], as the file writes them
+    keys: list[str] | None = None  # where each lies, if not all in one file
 
 
 def find(path: str) -> tuple[Path, Path | None]:
@@ -25,7 +26,8 @@ def find(path: str) -> tuple[Path, Path | None]:
     """
     given = Path(path)
     if given.is_dir():
-        training = sorted(f for f in given.iterdir() if f.suffix in SUFFIXES and re.search("train", f.name, re.I))
+        files = (f for f in given.iterdir() if f.suffix in SUFFIXES and not f.stem.endswith("_labels"))
+        training = sorted(f for f in files if re.search("train", f.name, re.I))
         if len(training) != 1:
             held = "no file" if not training else f"{len(training)} files"
             raise UsageError(
@@ -58,9 +60,9 @@ def load(file: Path) -> SeriesFile:
     if samples.size == 0:
         raise UsageError(f"{file} holds no series; put one on every line")
     bad = np.flatnonzero(~np.isfinite(samples).all((1, 2)))
-    if len(bad):
+    if len(bad) == len(samples):
         raise UsageError(
-            f"{file}: series {bad[0] + 1} of {len(samples)} holds a missing or infinite value ({len(bad)} such series); fill the gaps or leave them out"
+            f"{file}: series 1 of {len(samples)} holds a missing or infinite value, and so does every other; fill the gaps"
         )
     if labels is not None and len(labels) != len(samples):
         raise UsageError(f"{file} holds {len(samples)} series but {len(labels)} labels")
@@ -68,14 +70,15 @@ def load(file: Path) -> SeriesFile:
 
 
 def normalise(samples: np.ndarray, how: str, train: np.ndarray) -> np.ndarray:
-    """z-normalise [n, C, L] `per_series` (each channel by itself), by the statistics of `train`, or (`none`) not at all."""
+    """z-normalise [n, C, L] `per_series` (each channel by itself), by the statistics of `train`, or (`none`) not at all.
+
+    Series with a missing value stay as they are unusable; the others are not affected.
+    """
     if how == "none":
         return samples
     if how == "train":
-        mean, std = (
-            train.mean((0, 2), dtype=np.float64)[None, :, None],
-            train.std((0, 2), dtype=np.float64)[None, :, None],
-        )
+        whole = train[np.isfinite(train).all((1, 2))]
+        mean, std = (f((0, 2), dtype=np.float64)[None, :, None] for f in (whole.mean, whole.std))
     else:
         mean, std = samples.mean(2, keepdims=True, dtype=np.float64), samples.std(2, keepdims=True, dtype=np.float64)
     return ((samples - mean) / np.maximum(std, 1e-8)).astype(np.float32)
@@ -168,10 +171,16 @@ def _numbers(values: list[str], file: Path, line: int) -> np.ndarray:
 
 
 def _stack(rows: list[np.ndarray], file: Path) -> np.ndarray:
-    lengths = {row.shape[-1] for row in rows}
-    if len(lengths) > 1:
-        raise UsageError(f"{file} holds series of {min(lengths)} to {max(lengths)} samples; make them equally long")
+    for number, row in enumerate(rows, start=1):
+        if row.shape != rows[0].shape:
+            raise UsageError(
+                f"{file} holds series of unequal length: series 1 has {_shape(rows[0])} values, series {number} has {_shape(row)}; make them equally long"
+            )
     return np.stack(rows) if rows else np.empty((0, 1), np.float32)
+
+
+def _shape(row: np.ndarray) -> str:
+    return " x ".join(map(str, row.shape))
 
 
 def _tidy(label: str) -> str:

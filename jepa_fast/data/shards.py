@@ -1,297 +1,164 @@
-"""Tar shards, written as WebDataset writes them and read at random.
+"""Samples of tar shards by number: bytes, label and key of sample i, read at random.
 
-In: a folder of .tar, one .tar, or a brace pattern. Out: bytes and label of sample i. Every shard is
-indexed once (offset and length of each sample's payload); the index is kept beside it as
-`.<shard>.idx.npz` where the folder can be written.
+In: shard files in order. Out: Shards. Every shard is indexed once (index.py); reading takes one `pread` from a file
+that stays open (descriptors.py).
 """
 
 import hashlib
-import io
-import json
 import os
-import re
-import shutil
-import tarfile
-import tempfile
-import zipfile
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import webdataset
 
+from jepa_fast.data.descriptors import Descriptors
+from jepa_fast.data.index import NO_LABEL, PAYLOADS, Index, index
+from jepa_fast.data.writing import write_shards
 from jepa_fast.errors import UsageError
 
-PAYLOADS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "npy")
-INDEX_VERSION = 1
+__all__ = ["BadSample", "Shards", "write_shards"]
 
 
 class BadSample(Exception):
-    """A sample that cannot be read or decoded: replaced, counted, reported."""
+    """A sample that cannot be read or decoded: replaced, counted, reported. `kind` is the reason in one word."""
 
-
-# ---- writing ------------------------------------------------------------------------------------
-
-
-def write_shards(folder: Path, splits: Mapping[str, Iterable[dict]], name: str, samples_per_shard: int = 1000) -> Path:
-    """Write {split: samples} as `folder`/<name>-<split>-0000.tar ... with `_info.json`; all of it or nothing.
-
-    A sample is WebDataset's dict: `__key__` and payloads by extension ('png', 'npy', 'cls', ...; bytes, arrays and
-    numbers). Same samples, same bytes. If `folder` appears meanwhile (another process), that one is kept.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        info: dict[str, dict] = {}
-        for split, samples in splits.items():
-            info[split] = _write_split(partial, f"{name}-{split}", samples, samples_per_shard)
-        (partial / "_info.json").write_text(json.dumps({"splits": info}, indent=1) + "\n")
-        partial.chmod(0o755)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _write_split(folder: Path, stem: str, samples: Iterable[dict], per_shard: int) -> dict:
-    rest = iter(samples)
-    filenames: list[str] = []
-    lengths: list[int] = []
-    while chunk := list(islice(rest, per_shard)):
-        filenames.append(f"{stem}-{len(filenames):04}.tar")
-        lengths.append(len(chunk))
-        with (folder / filenames[-1]).open("wb") as stream, webdataset.TarWriter(stream, mtime=0) as writer:
-            for sample in chunk:
-                writer.write(sample)
-    return {
-        "name": stem.rpartition("-")[2],
-        "filenames": filenames,
-        "shard_lengths": lengths,
-        "num_samples": sum(lengths),
-    }
-
-
-# ---- finding ------------------------------------------------------------------------------------
-
-
-def is_shards(path: str) -> bool:
-    """Whether `path` names tar shards: a .tar, a pattern of them, or a folder that holds some."""
-    return path.endswith(".tar") or (os.path.isdir(path) and any(f.endswith(".tar") for f in os.listdir(path)))
-
-
-def find(path: str) -> dict[str, list[Path]]:
-    """{'train': shards, 'test': shards, possibly none}.
-
-    Splits come from `_info.json`, or from the file names: those with val or test in them are the test split.
-    A pattern over training shards also finds the validation shards beside them.
-    """
-    if os.path.isdir(path):
-        folder, files = Path(path), sorted(Path(path).glob("*.tar"))
-        named = _splits_of_info(folder)
-        if named:
-            return named
-    else:
-        files = [Path(p) for p in webdataset.shardlists.expand_urls(path)]
-        folder = files[0].parent
-    missing = [f for f in files if not f.is_file()]
-    if missing:
-        raise UsageError(
-            f"shard {missing[0]} does not exist ({len(missing)} of {len(files)} of --data.path {path} are missing); give the right range or put the file there"
-        )
-    test = [f for f in files if _is_test(f)]
-    train = [f for f in files if f not in set(test)]
-    if not train:
-        return {"train": test, "test": []}
-    if not test and not os.path.isdir(path):
-        test = sorted(f for f in folder.glob("*.tar") if _is_test(f))
-    return {"train": train, "test": test}
-
-
-def _is_test(file: Path) -> bool:
-    return re.search(r"(^|[^a-z])(val|valid|validation|test)([^a-z]|$)", file.name.lower()) is not None
-
-
-def _splits_of_info(folder: Path) -> dict[str, list[Path]] | None:
-    file = folder / "_info.json"
-    if not file.is_file():
-        return None
-    try:
-        splits = {
-            name: [folder / f for f in split["filenames"]]
-            for name, split in json.loads(file.read_text())["splits"].items()
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{file} cannot be read ({error!r}); mend it, or delete it and the splits are taken from the file names"
-        ) from None
-    missing = [f for files in splits.values() for f in files if not f.is_file()]
-    if missing:
-        raise UsageError(
-            f"shard {missing[0]} does not exist, and {file} names it; put it back, or delete {file.name} to use what is there"
-        )
-    held = next((splits[name] for name in ("validation", "val", "test") if name in splits), [])
-    return {"train": splits.get("train", []), "test": held} if "train" in splits else None
-
-
-# ---- reading ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Index:
-    """The samples of one shard."""
-
-    keys: np.ndarray  # str [n]
-    offset: np.ndarray  # int64 [n], where the payload begins in the file
-    length: np.ndarray  # int64 [n], bytes
-    payload: np.ndarray  # str [n], its extension
-    label: np.ndarray  # int64 [n], -1: none
-    name: np.ndarray  # str [n], class name (wnid) where the sample tells one, else ''
+    def __init__(self, message: str, kind: str = "unreadable"):
+        super().__init__(message)
+        self.kind = kind
 
 
 class Shards:
     """Random access to the samples of several tar files, in file order."""
 
-    def __init__(self, files: list[Path]):
+    def __init__(self, files: list[Path], lengths: list[int] | None = None):
+        """`lengths`: samples each shard should have, as `_info.json` tells them. Raises UsageError."""
         self.files = files
-        with ThreadPoolExecutor(8) as pool:
-            parts = list(pool.map(_index, files))
-        empty = [f for f, part in zip(files, parts, strict=True) if len(part.keys) == 0]
-        if empty:
-            raise UsageError(
-                f"shard {empty[0]} holds no sample with a payload ({', '.join(PAYLOADS)}); write it again or take it out"
-            )
-        self._file = np.repeat(np.arange(len(parts)), [len(p.keys) for p in parts])
-        self._all = _Index(*(np.concatenate([getattr(p, f) for p in parts]) for f in _Index.__dataclass_fields__))
+        self.indexes = _indexes(files)
+        self.starts = np.cumsum([0, *map(len, self.indexes)]).tolist()  # of each shard, and the end
+        self._descriptors = Descriptors()
+        self.lost = _lost(files, self.indexes, lengths)
+        if not len(self):
+            what = self.indexes[0].damage or f"holds no sample with a payload ({', '.join(PAYLOADS)})"
+            raise UsageError(f"shard {files[0]} {what}; copy it again, or take it out")
+
+    def __len__(self) -> int:
+        return self.starts[-1]
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Class numbers int64 [n], or None where a sample has none."""
-        return self._all.label if (self._all.label >= 0).all() else None
+        """Class numbers int64 [n], NO_LABEL where a sample has none; None if no sample has one."""
+        labels = np.concatenate([part.rows["label"] for part in self.indexes]).astype(np.int64)
+        return labels if (labels != NO_LABEL).any() else None
 
     @property
-    def names(self) -> np.ndarray:
-        """Class names str [n], '' where a sample tells none."""
-        return self._all.name
+    def names(self) -> list[str]:
+        """The class names (wnids) that occur, in order."""
+        return sorted({name for part in self.indexes for name in part.names if name})
 
-    def __len__(self) -> int:
-        return len(self._file)
+    def named(self, names: list[str]) -> np.ndarray:
+        """The place of each sample's class name in `names`: int64 [n], -1 if it is not there."""
+        place = {name: i for i, name in enumerate(names)}
+        return np.concatenate(
+            [np.array([place.get(n, -1) for n in part.names], np.int64)[part.rows["name"]] for part in self.indexes]
+        )
 
-    def key(self, index: int) -> str:
-        """Where sample `index` lies: <shard>:<key>."""
-        return f"{self.files[self._file[index]].name}:{self._all.keys[index]}"
+    @property
+    def repeated(self) -> list[str]:
+        """Keys that occur more than once in their shard, as <shard>:<key>."""
+        return [f"{f.name}:{k}" for f, part in zip(self.files, self.indexes, strict=True) for k in part.repeated]
 
-    def payload(self, index: int) -> str:
+    def place(self, sample: int) -> tuple[int, int]:
+        """(shard, row in it)."""
+        shard = bisect_right(self.starts, sample) - 1
+        return shard, sample - self.starts[shard]
+
+    def key(self, sample: int) -> str:
+        """Where the sample lies: <shard>:<key>."""
+        shard, row = self.place(sample)
+        return f"{self.files[shard].name}:{self.indexes[shard].key(row)}"
+
+    def payload(self, sample: int) -> str:
         """Extension of the sample's payload."""
-        return str(self._all.payload[index])
+        shard, row = self.place(sample)
+        return PAYLOADS[self.indexes[shard].rows["payload"][row]]
 
-    def read(self, index: int) -> bytes:
-        """The payload of sample `index`. Raises BadSample if the file no longer has it."""
-        offset, length = int(self._all.offset[index]), int(self._all.length[index])
+    def length(self, sample: int) -> int:
+        """Bytes of the payload."""
+        shard, row = self.place(sample)
+        return int(self.indexes[shard].rows["length"][row])
+
+    def read(self, sample: int) -> bytes:
+        """The payload. Raises BadSample if the file no longer has it."""
+        shard, row = self.place(sample)
+        part = self.indexes[shard]
+        return self._read(shard, int(part.rows["offset"][row]), int(part.rows["length"][row]))
+
+    def read_members(self, sample: int) -> bytes:
+        """All members of the sample as they stand in the tar, headers and padding too. Raises BadSample."""
+        shard, row = self.place(sample)
+        part = self.indexes[shard]
+        begin = int(part.rows["begin"][row])
+        end = int(part.rows["begin"][row + 1]) if row + 1 < len(part) else part.end
+        return self._read(shard, begin, end - begin)
+
+    def prepare(self, samples: np.ndarray) -> None:
+        """Let the system read ahead what `read` will be asked for."""
+        for sample in samples.tolist():
+            shard, row = self.place(sample)
+            part = self.indexes[shard]
+            offset, length = int(part.rows["offset"][row]), int(part.rows["length"][row])
+            self._descriptors.will_need(self.files[shard], length, offset, part.stamp)
+
+    def _read(self, shard: int, offset: int, length: int) -> bytes:
+        if not length:
+            raise BadSample("is empty (0 bytes)", "empty")
         try:
-            descriptor = os.open(self.files[self._file[index]], os.O_RDONLY)
-            try:
-                data = os.pread(descriptor, length, offset)
-            finally:
-                os.close(descriptor)
+            data = self._descriptors.pread(self.files[shard], length, offset, self.indexes[shard].stamp)
+        except FileNotFoundError:
+            raise BadSample("the shard is no longer there", "shard_missing") from None
         except OSError as error:
-            raise BadSample(f"cannot be read ({error.strerror})") from None
+            raise BadSample(f"the shard cannot be read ({error.strerror})", "shard_unreadable") from None
+        except ValueError as error:
+            raise BadSample(f"the shard cannot be trusted: {error}", "shard_changed") from None
         if len(data) != length:
-            raise BadSample(f"the shard ends {length - len(data)} bytes early")
+            raise BadSample(f"the shard ends {length - len(data)} bytes early", "shard_cut")
         return data
 
+    def parts(self) -> dict[str, str]:
+        """{shard: what is in it}: number of samples and a hash of their keys, sizes and classes; not of the payloads."""
+        names = [f.name for f in self.files]
+        if len(set(names)) < len(names):  # of several folders
+            names = [str(f) for f in self.files]
+        return {n: f"{len(p)} samples {p.digest[:16]}" for n, p in zip(names, self.indexes, strict=True)}
+
     def fingerprint(self) -> str:
-        """Names, sizes, keys and labels of everything, hashed; not the payloads."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        for values in (self._all.keys, self._all.length, self._all.label):
-            digest.update(repr(values.shape).encode() + np.ascontiguousarray(values).tobytes())
-        return digest.hexdigest()
+        """A hash of `parts`."""
+        return hashlib.sha256(repr(sorted(self.parts().items())).encode()).hexdigest()
 
 
-def _index(file: Path) -> _Index:
-    """The index of a shard: its stored one if that is of this very file, else made (and stored if possible)."""
-    try:
-        stat = file.stat()
-    except OSError as error:
-        raise UsageError(f"shard {file}: {error.strerror}; give the right --data.path") from None
-    stamp = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns])
-    stored = file.with_name(f".{file.name}.idx.npz")
-    try:
-        with np.load(stored) as saved:
-            if np.array_equal(saved["stamp"], stamp):
-                return _Index(*(saved[f] for f in _Index.__dataclass_fields__))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
-        pass
-    index = _scan(file)
-    _store(stored, stamp, index)
-    return index
+def _indexes(files: list[Path]) -> list[Index]:
+    """All indexes. Processes of one machine begin at different shards, so that each makes its share and finds the rest."""
+    rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    first = len(files) * rank // max(1, size)
+    turned = files[first:] + files[:first]
+    with ThreadPoolExecutor(8) as pool:  # for disks that answer slowly
+        made = list(pool.map(index, turned))
+    return made[len(files) - first :] + made[: len(files) - first]
 
 
-def _store(file: Path, stamp: np.ndarray, index: _Index) -> None:
-    """Best effort: data often lie where nobody may write."""
-    buffer = io.BytesIO()
-    np.savez(buffer, stamp=stamp, **{f: getattr(index, f) for f in _Index.__dataclass_fields__})
-    try:
-        descriptor, partial = tempfile.mkstemp(prefix=file.name, dir=file.parent)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(buffer.getvalue())
-        os.replace(partial, file)
-    except OSError:
-        pass
+def _lost(files: list[Path], indexes: list[Index], lengths: list[int] | None) -> list[tuple[str, str]]:
+    """(where, why) of every sample that should be in the shards and cannot be read from them.
 
-
-def _scan(file: Path) -> _Index:
-    rows: list[tuple[str, int, int, str]] = []
-    labels: dict[str, int] = {}
-    names: dict[str, str] = {}
-    try:
-        with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                if not member.isreg():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")  # WebDataset: the key ends at the first dot of the base name
-                key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
-                if extension in PAYLOADS:
-                    rows.append((key, member.offset_data, member.size, extension))
-                elif extension in ("cls", "json"):
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    text = content.read().decode(errors="replace")
-                    if extension == "cls":
-                        labels[key] = _label(text, file, key)
-                    names[key] = names.get(key) or _wnid(text)
-    except tarfile.TarError as error:
-        raise UsageError(f"shard {file} is not a tar file, or is damaged ({error}); copy it again") from None
-    if file.stat().st_size == 0:
-        raise UsageError(f"shard {file} is empty (0 bytes); copy it again")
-    return _Index(
-        np.array([r[0] for r in rows], dtype=str), np.array([r[1] for r in rows], dtype=np.int64),
-        np.array([r[2] for r in rows], dtype=np.int64), np.array([r[3] for r in rows], dtype=str),
-        np.array([labels.get(r[0], -1) for r in rows], dtype=np.int64),
-        np.array([names.get(r[0], "") or _wnid(r[0]) for r in rows], dtype=str),
-    )  # fmt: skip
-
-
-def _label(text: str, file: Path, key: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        if re.fullmatch(r"n\d{8}", text.strip()):
-            return -1
-        raise UsageError(
-            f"shard {file}: {key}.cls holds {text[:20]!r}, not a class number; write class numbers from 0"
-        ) from None
-
-
-def _wnid(text: str) -> str:
-    found = re.search(r"n\d{8}", text)
-    return found.group() if found else ""
+    How many lie behind a damage is known where `_info.json` counts them; else they are one.
+    """
+    lost = []
+    for i, (file, part) in enumerate(zip(files, indexes, strict=True)):
+        lost += [(f"{file.name}:{key}", why) for key, why in part.lost]
+        why = f"the shard {part.damage}" if part.damage else "_info.json counts it, but the shard lacks it"
+        missing = lengths[i] - len(part) - len(part.lost) if lengths else int(bool(part.damage) and not part.lost)
+        behind = len(part) + len(part.lost)
+        lost += [
+            (f"{file.name}:sample {behind + j}" if lengths else f"{file.name}:the rest", why) for j in range(missing)
+        ]
+    return lost

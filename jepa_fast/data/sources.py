@@ -1,7 +1,9 @@
 """Sources: samples by number, as arrays of the training size. What they are read from is the reader's business."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -12,13 +14,30 @@ from jepa_fast.data.shards import BadSample
 from jepa_fast.errors import UsageError
 
 
+class Counts:
+    """What was read and decoded so far; threads add to it."""
+
+    def __init__(self) -> None:
+        self.bytes, self.decoded, self.by_pillow = 0, 0, 0
+        self._lock = threading.Lock()
+
+    def add(self, num_bytes: int, by_pillow: bool = False) -> None:
+        with self._lock:
+            self.bytes += num_bytes
+            self.decoded += 1
+            self.by_pillow += by_pillow
+
+
 class Source(Protocol):
     """Samples by number."""
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Class numbers int64 [n], 0 to num_classes - 1."""
+        """Class numbers int64 [n], 0 to num_classes - 1; -1 for a sample without one. None: no sample has one."""
         ...
+
+    @property
+    def counts(self) -> Counts: ...
 
     def __len__(self) -> int: ...
 
@@ -33,6 +52,14 @@ class Source(Protocol):
         """Where the sample lies, for people."""
         ...
 
+    def prepare(self, indices: np.ndarray) -> None:
+        """What is going to be loaded next: a source may begin to read."""
+        ...
+
+
+def nothing(indices: np.ndarray) -> None:
+    """The `prepare` of what lies in memory."""
+
 
 @dataclass(frozen=True)
 class ImageSource:
@@ -43,35 +70,48 @@ class ImageSource:
     count: int
     labels: np.ndarray | None
     data: Data
+    prepare: Callable[[np.ndarray], None] = nothing
+    counts: Counts = field(default_factory=Counts)
 
     def __len__(self) -> int:
         return self.count
 
     def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
-        raw, size = self.read(index), self.data.image_size
-        pixels = raw if isinstance(raw, np.ndarray) else images.decode(raw, self.data.channels)
+        raw, size, how = self.read(index), self.data.image_size, self.data.interpolation
+        by_pillow = False
+        if isinstance(raw, np.ndarray):
+            pixels = raw if raw.ndim == 3 else raw[:, :, None]
+        else:
+            pixels, by_pillow = images.decode(raw, self.data.channels)
+        self.counts.add(len(raw) if isinstance(raw, bytes) else raw.nbytes, by_pillow)
         if not self.data.random_crop:
-            return images.planar(images.whole(pixels, size))
+            return images.resize(pixels, size, how)
         if rng is None:
             shorter = round(size * 256 / 224) if min(pixels.shape[:2]) > size else size
-            return images.planar(images.center_crop(pixels, size, shorter))
-        return images.planar(images.random_resized_crop(pixels, size, self.data.crop_scale, rng))
+            return images.center_crop(pixels, size, shorter, how)
+        return images.random_resized_crop(pixels, size, self.data.crop_scale, rng, how)
 
 
 @dataclass(frozen=True)
 class SeriesSource:
-    """Series, z-normalised: float32 [C, L]."""
+    """Series, normalised: float32 [C, L]."""
 
     read: Callable[[int], np.ndarray]
     key: Callable[[int], str]
     count: int
     labels: np.ndarray | None
+    prepare: Callable[[np.ndarray], None] = nothing
+    counts: Counts = field(default_factory=Counts)
 
     def __len__(self) -> int:
         return self.count
 
     def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
-        return self.read(index)
+        values = self.read(index)
+        if not np.isfinite(values).all():
+            raise BadSample("holds a missing or infinite value", "not_finite")
+        self.counts.add(values.nbytes)
+        return values
 
 
 class Subset:
@@ -80,6 +120,10 @@ class Subset:
     def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices = source, indices
         self.labels = None if source.labels is None else source.labels[indices]
+
+    @property
+    def counts(self) -> Counts:
+        return self.source.counts
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -90,12 +134,57 @@ class Subset:
     def key(self, index: int) -> str:
         return self.source.key(int(self.indices[index]))
 
+    def prepare(self, indices: np.ndarray) -> None:
+        self.source.prepare(self.indices[indices])
+
+
+class Joined:
+    """Several sources, numbered one after the other. No labels: class 3 of one is not class 3 of another."""
+
+    labels = None
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = sources
+        self.sizes = [len(s) for s in sources]
+        self._starts = np.cumsum([0, *self.sizes]).tolist()
+
+    @property
+    def counts(self) -> Counts:
+        total = Counts()
+        for source in self.sources:
+            total.bytes += source.counts.bytes
+            total.decoded += source.counts.decoded
+            total.by_pillow += source.counts.by_pillow
+        return total
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
+        source, place = self._place(index)
+        return source.load(place, rng)
+
+    def key(self, index: int) -> str:
+        source, place = self._place(index)
+        return source.key(place)
+
+    def prepare(self, indices: np.ndarray) -> None:
+        for k, source in enumerate(self.sources):
+            mine = (indices >= self._starts[k]) & (indices < self._starts[k + 1])
+            if mine.any():
+                source.prepare(indices[mine] - self._starts[k])
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        k = bisect_right(self._starts, index) - 1
+        return self.sources[k], index - self._starts[k]
+
 
 def fixed_draw(source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(inputs [n, ...], their numbers int64 [n]): `count` samples, or all there are; the same in every run.
 
-    Not augmented; unreadable ones are left out.
+    Not augmented; unreadable ones are left out. Of a stream, from its first shard.
     """
+    source = getattr(source, "fixed", source)
     inputs: list[np.ndarray] = []
     numbers: list[int] = []
     for index in np.random.default_rng(0).permutation(len(source)):

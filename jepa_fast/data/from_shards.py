@@ -1,0 +1,145 @@
+"""Shards, on this machine or remote, as sources: payloads, class numbers, and the classes one wants to keep."""
+
+import io
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from jepa_fast.config import Data
+from jepa_fast.data import finding, series
+from jepa_fast.data.index import NO_LABEL
+from jepa_fast.data.parts import Parts, digest
+from jepa_fast.data.shards import BadSample, Shards
+from jepa_fast.data.sources import ImageSource, SeriesSource, Source, Subset
+from jepa_fast.data.streams import PROMISE, Stream, bring
+from jepa_fast.errors import UsageError
+
+
+def open_shards(path: str, data: Data) -> Parts:
+    """The shards that `path` means. Raises UsageError."""
+    found = finding.find(path)
+    held = [Shards(split.files, split.lengths) for split in (found["train"], found["test"]) if split.files]
+    for part in held:
+        _refuse_other_kind(part, path, data)
+    labels = _labels(held)
+    sources = [_source(part, classes, data) for part, classes in zip(held, labels, strict=True)]
+    contents = {
+        f"{split}/{name}": what
+        for split, part in zip(("train", "test"), held, strict=False)
+        for name, what in part.parts().items()
+    }
+    if data.label_filter:
+        sources = _filtered(sources, held, data.label_filter)
+        contents[f"--data.label_filter {Path(data.label_filter).name}"] = digest(Path(data.label_filter).read_bytes())
+    lost = [entry for part in held for entry in part.lost]
+    return Parts(sources[0], sources[1] if len(sources) > 1 else None, contents, lost, _notes(held, labels))
+
+
+def open_stream(path: str, data: Data, seed: int) -> Parts:
+    """The remote shards that `path` means, all of them for training. Raises UsageError."""
+    if data.label_filter:
+        raise UsageError(
+            "--data.label_filter needs shards on this machine; copy them first: python -m jepa_fast.shards"
+        )
+    urls = [url for entry in finding.entries(path) for url in finding.expand(entry)]
+    first = Shards([bring(urls[0])])
+    _refuse_other_kind(first, path, data)
+    known = _labels([first])[0]
+    stream = Stream(
+        urls, lambda held: _source(held, None, data), _source(first, known, data),
+        data.num_samples or len(first) * len(urls), seed,
+    )  # fmt: skip
+    about = "" if data.num_samples else f"; --data.num_samples is not given, {len(stream)} taken from the first shard"
+    return Parts(stream, None, dict.fromkeys(urls, "remote"), [], [PROMISE + about])
+
+
+def _refuse_other_kind(part: Shards, path: str, data: Data) -> None:
+    if (part.payload(0) == "npy") != (data.kind == "series"):
+        kind = "series" if part.payload(0) == "npy" else "images"
+        raise UsageError(
+            f"the shards of --data.path {path} hold .{part.payload(0)} samples: use a preset for {kind}, as in python -m jepa_fast.train {kind} --data.path {path}"
+        )
+
+
+def _labels(held: list[Shards]) -> list[np.ndarray | None]:
+    """Class numbers of each part: those of .cls, else class names numbered over all parts; NO_LABEL for a sample of none."""
+    numbers = [part.labels for part in held]
+    if all(labels is not None for labels in numbers):
+        return list(numbers)
+    if not all(part.names for part in held):
+        return [None] * len(held)
+    known = sorted({name for part in held for name in part.names})
+    return [part.named(known) for part in held]
+
+
+def _notes(held: list[Shards], labels: list[np.ndarray | None]) -> list[str]:
+    notes = []
+    for part, classes in zip(held, labels, strict=True):
+        bare = [] if classes is None else np.flatnonzero(classes == NO_LABEL).tolist()
+        if bare:
+            notes.append(
+                f"{len(bare)} samples without a label take no part in the probe: {_few([part.key(i) for i in bare[:4]], len(bare))}"
+            )
+        if part.repeated:
+            notes.append(
+                f"{len(part.repeated)} keys occur twice in a shard, both are used: {_few(part.repeated, len(part.repeated))}"
+            )
+    return notes
+
+
+def _few(names: list[str], count: int) -> str:
+    return ", ".join(names[:3]) + (", ..." if count > 3 else "")
+
+
+def _source(held: Shards, labels: np.ndarray | None, data: Data) -> Source:
+    if data.kind == "images":
+        return ImageSource(held.read, held.key, len(held), labels, data, held.prepare)
+    if data.series_norm == "train":
+        raise UsageError("--data.series_norm train is for files of series; shards take per_series or none")
+    return SeriesSource(partial(_read_series, held, data), held.key, len(held), labels, held.prepare)
+
+
+def _read_series(held: Shards, data: Data, sample: int) -> np.ndarray:
+    try:
+        values = np.load(io.BytesIO(held.read(sample)), allow_pickle=False).astype(np.float32)
+    except (ValueError, EOFError, OSError) as error:
+        raise BadSample(f"not a readable array ({error})", "undecodable") from None
+    values = values[None] if values.ndim == 1 else values
+    if values.ndim != 2:
+        raise BadSample(f"an array of shape {values.shape} and not [C, L]", "undecodable")
+    return series.normalise(values[None], data.series_norm, values)[0]
+
+
+def _filtered(sources: list[Source], held: list[Shards], label_filter: str) -> list[Source]:
+    """The samples whose class number or name is listed in the file `label_filter`, classes renumbered from 0."""
+    kept: list[Subset] = []
+    for source, part in zip(sources, held, strict=True):
+        kept.append(Subset(source, wanted(part, label_filter)))
+        if not len(kept[-1]):
+            raise UsageError(
+                f"no sample of {part.files[0].name} ... is of a class listed in --data.label_filter {label_filter}; list class numbers as in .cls, or wnids"
+            )
+    numbers = [k.labels for k in kept if k.labels is not None]
+    if len(numbers) == len(kept):
+        present = np.unique(np.concatenate(numbers))
+        for subset in kept:
+            assert subset.labels is not None
+            subset.labels = np.searchsorted(present, subset.labels)
+    return list(kept)
+
+
+def wanted(part: Shards, label_filter: str) -> np.ndarray:
+    """Numbers of the samples whose class is listed, a number or a wnid a word, in the file. Raises UsageError."""
+    try:
+        listed = Path(label_filter).read_text().split()
+    except OSError as error:
+        raise UsageError(
+            f"--data.label_filter {label_filter}: {error.strerror}; give a file with one class a line"
+        ) from None
+    if all(word.isdigit() for word in listed):
+        labels = part.labels
+        return (
+            np.flatnonzero(np.isin(labels, [int(w) for w in listed])) if labels is not None else np.array([], np.int64)
+        )
+    return np.flatnonzero(part.named(sorted(set(listed))) >= 0)

@@ -1,0 +1,95 @@
+"""Looking at shards: whether every sample can be read, and what they hold."""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from jepa_fast.data import finding, images
+from jepa_fast.data.index import NO_LABEL
+from jepa_fast.data.shards import BadSample, Shards
+
+AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class Trouble:
+    where: str  # <shard>:<key>
+    what: str
+    fatal: bool  # whether the sample cannot be used
+
+
+def open_splits(path: str) -> dict[str, Shards]:
+    """The shards of each split that `path` names. Raises UsageError."""
+    return {name: Shards(split.files, split.lengths) for name, split in finding.find(path).items() if split.files}
+
+
+def verify(held: Shards, workers: int, progress: Callable[[int, int], None]) -> Iterator[Trouble]:
+    """Read and decode every sample; what is wrong, in file order."""
+    for where, why in held.lost:
+        yield Trouble(where, why, True)
+    for file, part in zip(held.files, held.indexes, strict=True):
+        if not part.damage and part.end >= part.stamp[0]:
+            yield Trouble(
+                file.name, "ends without an end-of-archive mark: it may have been cut between two samples", False
+            )
+    for where in held.repeated:
+        yield Trouble(where, "the key occurs before in this shard", False)
+    labels = held.labels
+    starts = range(0, len(held), AT_A_TIME)
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for start, found in zip(starts, pool.map(lambda s: _verify_some(held, labels, s), starts), strict=True):
+            yield from found
+            progress(min(start + AT_A_TIME, len(held)), len(held))
+
+
+def _verify_some(held: Shards, labels: np.ndarray | None, start: int) -> list[Trouble]:
+    found = []
+    for sample in range(start, min(start + AT_A_TIME, len(held))):
+        try:
+            data = held.read(sample)
+            if held.payload(sample) == "npy":
+                _check_series(data)
+            else:
+                images.decode(data, 3)
+        except BadSample as error:
+            found.append(Trouble(held.key(sample), str(error), True))
+        if labels is not None and labels[sample] == NO_LABEL:
+            found.append(Trouble(held.key(sample), "has no label, where others have one", False))
+    return found
+
+
+def _check_series(data: bytes) -> None:
+    try:
+        values = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise BadSample(f"not a readable array ({error})") from None
+    if not np.isfinite(values).all():
+        raise BadSample("holds a missing or infinite value")
+
+
+def stats(held: Shards) -> list[str]:
+    """Counts, sizes and class balance, a line each."""
+    lengths = np.concatenate([part.rows["length"] for part in held.indexes])
+    per_shard = [len(part) for part in held.indexes]
+    size = sum(part.stamp[0] for part in held.indexes)
+    kinds, counts = np.unique([held.payload(i) for i in range(len(held))], return_counts=True)
+    said = [
+        f"{len(held):,} samples in {len(held.files)} shards of {min(per_shard):,} to {max(per_shard):,}, {size / 1e6:,.1f} MB",
+        "payloads: " + ", ".join(f"{count:,} .{kind}" for kind, count in zip(kinds, counts, strict=True)),
+        f"bytes of a payload: {lengths.min():,} to {lengths.max():,}, median {int(np.median(lengths)):,}",
+    ]
+    labels = held.labels
+    if labels is None and not held.names:
+        return [*said, "no labels"]
+    classes = labels if labels is not None else held.named(held.names)
+    present, number = np.unique(classes[classes != NO_LABEL], return_counts=True)
+    most, least = present[number.argmax()], present[number.argmin()]
+    said.append(
+        f"{len(present)} classes: {number.min():,} (class {least}) to {number.max():,} samples (class {most}), "
+        f"the most common has {number.max() / number.sum():.1%}; {(classes == NO_LABEL).sum()} samples without a label"
+    )
+    return said

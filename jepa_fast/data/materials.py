@@ -1,0 +1,205 @@
+"""What shards can be made from: an image folder, CIFAR batches, files of series, other shards (remote ones too).
+
+Each reader gives a Material: how many samples each split has, and sample i of it as WebDataset's dict. Encoded images are
+taken over byte by byte, CIFAR becomes PNG, series become .npy of float32 [C, L], not normalised.
+"""
+
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from jepa_fast.data import cifar, finding, folders, from_shards, series, series_folder
+from jepa_fast.data.index import NO_LABEL, split_name
+from jepa_fast.data.parts import digest
+from jepa_fast.data.series import SeriesFile
+from jepa_fast.data.shards import BadSample, Shards
+from jepa_fast.data.streams import bring
+from jepa_fast.errors import UsageError
+
+Sample = Callable[[int], dict]
+
+
+@dataclass(frozen=True)
+class Material:
+    splits: dict[str, int]  # {split: number of samples}
+    sample: dict[str, Sample]  # {split: i -> {'__key__', 'jpg', 'cls', ...}}; raises BadSample
+    contents: dict[str, str]  # other samples, other contents
+    kind: str  # in words
+    classes: list[str] = field(default_factory=list)  # names of the classes, by number
+
+
+def material(source: str, label_filter: str = "") -> Material:
+    """What `source` holds. Raises UsageError."""
+    entries = finding.entries(source)
+    if any(finding.is_remote(entry) for entry in entries) or finding.is_shards(source):
+        return _of_shards(source, label_filter)
+    if label_filter:
+        raise UsageError(f"--label-filter is for shards; {source} holds none: leave the other classes out of it")
+    if not os.path.exists(source):
+        raise UsageError(f"{source} does not exist; give an image folder, CIFAR batches, a file of series, or shards")
+    root = Path(source)
+    if not root.is_dir():
+        if root.suffix not in series.SUFFIXES:
+            raise UsageError(f"{source} is no file of series ({', '.join(series.SUFFIXES)}), and no folder")
+        return _of_series(source)
+    batches = cifar.find(root)
+    if batches is not None:
+        return _of_cifar(batches)
+    if folders.images_under(root):
+        return _of_folder(root)
+    if series_folder.is_folder_of_series(root) or any(f.suffix in series.SUFFIXES for f in root.iterdir()):
+        return _of_series(source)
+    raise UsageError(f"{source} holds no images, no CIFAR batches, no series and no .tar; give a folder that does")
+
+
+def _of_folder(root: Path) -> Material:
+    splits = {name: found for name, found in folders.find(root).items() if found[1]}
+    classes = folders.classes_of(*splits["train"])
+    number = {name: i for i, name in enumerate(classes)}
+
+    def sample_of(split_root: Path, files: list[Path]) -> Sample:
+        def sample(i: int) -> dict:
+            name = folders.class_of(files[i], split_root)
+            made: dict = {"__key__": f"{i:08}", files[i].suffix[1:].lower(): _bytes(files[i])}
+            about: dict = {"filename": str(files[i].relative_to(split_root))}
+            if name in number:
+                made["cls"] = about["label"] = number[name]
+            return {**made, "json": about}
+
+        return sample
+
+    contents: dict[str, str] = {}
+    for split_root, files in splits.values():
+        contents |= folders.contents(root, split_root, files)
+    counts = {name: len(files) for name, (_, files) in splits.items()}
+    samples = {name: sample_of(*found) for name, found in splits.items()}
+    return Material(counts, samples, contents, "an image folder", classes)
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise BadSample(f"{file} cannot be read ({error.strerror})") from None
+    if not data:
+        raise BadSample(f"{file} is empty (0 bytes)", "empty")
+    return data
+
+
+def _of_cifar(folder: Path) -> Material:
+    held = cifar.load(folder)
+
+    def sample_of(pixels: np.ndarray, labels: np.ndarray) -> Sample:
+        return lambda i: {"__key__": f"{i:05}", "png": _png(pixels[i]), "cls": int(labels[i])}
+
+    return Material(
+        {split: len(labels) for split, (_, labels) in held.items()},
+        {split: sample_of(*part) for split, part in held.items()},
+        {split: digest(pixels.tobytes(), labels.tobytes()) for split, (pixels, labels) in held.items()},
+        "CIFAR batches",
+    )
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _of_series(source: str) -> Material:
+    root = Path(source)
+    if root.is_dir() and series_folder.is_folder_of_series(root):
+        held = series_folder.load(root)
+    else:
+        train, test = series.find(source)
+        held = {name: series.load(file) for name, file in (("train", train), ("test", test)) if file is not None}
+        beside = train.with_name(train.name.replace("train", "val"))  # FaultDetection has train, val and test.pt
+        if beside != train and beside.is_file():
+            held["validation"] = series.load(beside)
+    named = [part.labels for part in held.values() if part.labels is not None]
+    classes = np.unique(np.concatenate(named)).tolist() if len(named) == len(held) else []
+
+    def sample_of(part: SeriesFile) -> Sample:
+        def sample(i: int) -> dict:
+            made = {"__key__": f"{i:06}", "npy": np.ascontiguousarray(part.samples[i], dtype=np.float32)}
+            return made if part.labels is None or not classes else {**made, "cls": classes.index(str(part.labels[i]))}
+
+        return sample
+
+    contents = {
+        split: digest(
+            np.ascontiguousarray(part.samples).tobytes(),
+            repr(part.labels is not None and part.labels.tolist()).encode(),
+        )
+        for split, part in held.items()
+    }
+    counts = {split: len(part.samples) for split, part in held.items()}
+    return Material(counts, {split: sample_of(part) for split, part in held.items()}, contents, "series", classes)
+
+
+def _of_shards(source: str, label_filter: str) -> Material:
+    """Shards again: all members as they are, .cls renumbered where a filter leaves classes out."""
+    paths = [url for entry in finding.entries(source) for url in finding.expand(entry)]
+    if any(map(finding.is_remote, paths)):
+        found = {"train": finding.Split([bring(path) if finding.is_remote(path) else Path(path) for path in paths])}
+    else:
+        found = {name: split for name, split in finding.find(source).items() if split.files}
+    held = {name: Shards(split.files, split.lengths) for name, split in found.items()}
+    kept = {
+        name: from_shards.wanted(part, label_filter) if label_filter else np.arange(len(part))
+        for name, part in held.items()
+    }
+    present: np.ndarray = np.array([], np.int64)
+    if label_filter:
+        labels = [part.labels[kept[name]] for name, part in held.items() if part.labels is not None]
+        present = np.unique(np.concatenate(labels)) if labels else present
+        present = present[present != NO_LABEL]
+        if not any(map(len, kept.values())):
+            raise UsageError(
+                f"no sample of {source} is of a class listed in --label-filter {label_filter}; list class numbers as in .cls, or wnids"
+            )
+
+    def sample_of(part: Shards, chosen: np.ndarray) -> Sample:
+        labels = part.labels
+
+        def sample(i: int) -> dict:
+            number = int(chosen[i])
+            made = _members(part, number)
+            if labels is not None and labels[number] != NO_LABEL:
+                made["cls"] = str(np.searchsorted(present, labels[number]) if len(present) else labels[number]).encode()
+            return made
+
+        return sample
+
+    contents = {f"{name}/{shard}": what for name, part in held.items() for shard, what in part.parts().items()}
+    if label_filter:
+        contents["filter"] = digest(Path(label_filter).read_bytes())
+    counts = {name: len(chosen) for name, chosen in kept.items() if len(chosen)}
+    return Material(
+        counts,
+        {name: sample_of(held[name], kept[name]) for name in counts},
+        contents,
+        "shards",
+        [str(c) for c in present],
+    )
+
+
+def _members(part: Shards, number: int) -> dict:
+    """All members of a sample; the key loses what would lead out of a folder."""
+    with tarfile.open(fileobj=io.BytesIO(part.read_members(number))) as tar:
+        key = ""
+        made: dict = {}
+        for member in tar:
+            stream = tar.extractfile(member)
+            if stream is not None:
+                raw, extension = split_name(member.name.encode())
+                key = key or raw.decode(errors="replace")
+                made.setdefault(extension.decode(errors="replace"), stream.read())
+    safe = "/".join(piece for piece in key.split("/") if piece not in ("", ".", ".."))
+    return {"__key__": safe or f"{number:08}", **made}

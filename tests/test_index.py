@@ -1,0 +1,170 @@
+"""What an index knows of a shard: whole samples, half ones, doubled ones, and where it is kept."""
+
+import io
+import tarfile
+
+import pytest
+
+from jepa_fast.data import index as indexing
+from jepa_fast.data.index import NO_LABEL, index
+from jepa_fast.data.shards import Shards
+from jepa_fast.errors import UsageError
+
+
+def write(file, *named):
+    """A tar of (name, bytes)."""
+    with tarfile.open(file, "w") as tar:
+        for name, data in named:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file
+
+
+def labels(held):
+    return held.rows["label"].tolist()
+
+
+def keys(held):
+    return [held.key(i) for i in range(len(held))]
+
+
+def test_members_of_a_key_are_a_sample_whatever_their_order(tmp_path):
+    held = index(
+        write(
+            tmp_path / "x.tar",
+            ("a.cls", b"3"),
+            ("a.jpg", b"A"),
+            ("b.jpg", b"BB"),
+            ("b.json", b'{"filename": "n01440764_1.JPEG"}'),
+            ("b.cls", b"5\n"),
+        )
+    )
+    assert keys(held) == ["a", "b"] and labels(held) == [3, 5] and held.rows["length"].tolist() == [1, 2]
+    assert [held.names[i] for i in held.rows["name"]] == ["", "n01440764"] and not held.lost and not held.repeated
+
+
+def test_payloads_and_classes_in_separate_stretches_find_each_other(tmp_path):
+    held = index(
+        write(
+            tmp_path / "x.tar",
+            ("a.jpg", b"A"),
+            ("b.jpg", b"B"),
+            ("b.cls", b"1"),
+            ("a.cls", b"2"),
+            ("c.cls", b"3"),
+            ("c.jpg", b"C"),
+        )
+    )
+    assert labels(held) == [2, 1, 3]
+
+
+def test_doubled_keys_are_two_samples_with_their_own_classes(tmp_path):
+    held = index(
+        write(
+            tmp_path / "x.tar",
+            ("a.jpg", b"A"),
+            ("a.cls", b"1"),
+            ("a.jpg", b"B"),
+            ("a.cls", b"2"),
+            ("b.cls", b"3"),
+            ("b.jpg", b"C"),
+            ("b.cls", b"4"),
+            ("b.jpg", b"D"),
+        )
+    )
+    assert labels(held) == [1, 2, 3, 4] and held.repeated == ["a", "b"]
+
+
+def test_a_sample_has_one_payload_the_first(tmp_path):
+    held = index(write(tmp_path / "x.tar", ("a.png", b"A"), ("a.jpg", b"BB"), ("a.seg.png", b"CCC"), ("a.cls", b"1")))
+    assert len(held) == 1 and held.rows["length"][0] == 1
+
+
+def test_half_samples_are_named(tmp_path):
+    held = index(
+        write(
+            tmp_path / "x.tar",
+            ("a.jpg", b"A"),
+            ("a.cls", b"1"),
+            ("b.jpg", b"B"),
+            ("c.cls", b"2"),
+            ("d.gif", b"D"),
+            ("d.cls", b"0"),
+        )
+    )
+    assert labels(held) == [1, NO_LABEL] and held.lost == [("c", "no payload"), ("d", "no payload")]
+
+
+def test_class_names_and_numbers_below_zero_are_names(tmp_path):
+    held = index(
+        write(
+            tmp_path / "x.tar",
+            ("a.jpg", b"A"),
+            ("a.cls", b"tench\n"),
+            ("b.jpg", b"B"),
+            ("b.cls", b"-1"),
+            ("c.jpg", b"C"),
+            ("c.cls", b"n01440764"),
+        )
+    )
+    assert labels(held) == [NO_LABEL] * 3 and [held.names[i] for i in held.rows["name"]] == ["tench", "-1", "n01440764"]
+
+
+@pytest.mark.parametrize("cls_first", [False, True])
+def test_a_cut_shard_loses_the_sample_it_breaks_off_in_once(tmp_path, cls_first):
+    pair = lambda k: ((f"{k}.cls", b"1"), (f"{k}.jpg", k.encode() * 600))  # noqa: E731
+    named = [part for k in "abc" for part in (pair(k) if cls_first else reversed(pair(k)))]
+    data = write(tmp_path / "x.tar", *named).read_bytes()
+    payload_end = 2 * (1024 + 1536) + (1024 if cls_first else 0) + 512 + 600
+    for cut in range(2 * (1024 + 1536) + 1, payload_end, 60):
+        (tmp_path / "x.tar").write_bytes(data[:cut])
+        held = index(tmp_path / "x.tar")
+        assert keys(held) == ["a", "b"] and held.damage
+        assert [key for key, _ in held.lost] in (["c"], []), cut  # unknown where not even the header is whole
+    (tmp_path / "x.tar").write_bytes(data[: payload_end + 500])
+    assert keys(index(tmp_path / "x.tar")) == ["a", "b", "c"]
+
+
+def test_an_index_is_kept_in_the_cache_where_the_folder_takes_none(tmp_path, monkeypatch):
+    file = write(tmp_path / "x.tar", ("a.jpg", b"A"))
+    (tmp_path / ".x.tar.idx").mkdir()  # in the way
+    made = index(file)
+    monkeypatch.setattr(indexing, "_scan", lambda *_: pytest.fail("indexed again"))
+    kept = index(file)
+    assert kept.rows.tolist() == made.rows.tolist() and kept.digest == made.digest
+
+
+def test_a_kept_index_is_the_same_and_holds_no_file_open(tmp_path):
+    import os
+
+    file = write(tmp_path / "x.tar", ("a.jpg", b"A"), ("a.cls", b"1"), ("ü.jpg", b"B"), ("d.cls", b"0"))
+    made, before = index(file), len(os.listdir("/proc/self/fd"))
+    kept = [index(file) for _ in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    for other in kept:
+        assert (other.rows == made.rows).all() and keys(other) == ["a", "ü"] == keys(made)
+        assert (other.lost, other.names, other.end, other.stamp) == (made.lost, made.names, made.end, made.stamp)
+
+
+@pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: d + b"x", lambda d: b"", lambda d: d.replace(b"index 3", b"index 1"), lambda d: d.replace(b"{", b"(", 1)])  # fmt: skip
+def test_a_damaged_index_is_made_again(tmp_path, damage):
+    file = write(tmp_path / "x.tar", ("a.jpg", b"A"), ("a.cls", b"1"))
+    index(file)
+    kept = tmp_path / ".x.tar.idx"
+    kept.write_bytes(damage(kept.read_bytes()))
+    assert labels(index(file)) == [1]
+
+
+def test_names_that_lead_out_of_the_folder_are_just_names(tmp_path):
+    held = Shards([write(tmp_path / "x.tar", ("../../evil.jpg", b"A"), ("/etc/passwd.jpg", b"B"))])
+    assert [held.key(i) for i in (0, 1)] == ["x.tar:../../evil", "x.tar:/etc/passwd"] and held.read(1) == b"B"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".x.tar.idx", "x.tar"]
+
+
+def test_a_shard_that_cannot_be_opened_is_one_sentence(tmp_path):
+    with pytest.raises(UsageError, match=r"gone.tar: No such file"):
+        index(tmp_path / "gone.tar")
+    (tmp_path / "folder.tar").mkdir()
+    with pytest.raises(UsageError, match=r"folder.tar: Is a directory"):
+        index(tmp_path / "folder.tar")

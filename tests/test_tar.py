@@ -1,0 +1,124 @@
+"""Headers of tar files, as every writer writes them, and where files break off."""
+
+import io
+import os
+import tarfile
+
+import pytest
+
+from jepa_fast.data.tar import TarDamage, Window, members
+
+NAMES = ["a.jpg", "deep/er/b.cls", "../../out.jpg", "n" * 99 + ".jpg", "x" * 120 + "/" + "y" * 90 + ".jpg", "z" * 300 + ".json", "ärger.jpg", "a b.jpg"]  # fmt: skip
+
+
+def write(file, names=NAMES, format=tarfile.GNU_FORMAT, data=lambda i: bytes([i]) * (i * 700 % 2000)):
+    with tarfile.open(file, "w", format=format) as tar:
+        for i, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = len(data(i))
+            tar.addfile(info, io.BytesIO(data(i)))
+
+
+def scan(file):
+    """(members, damage) of a file."""
+    found = []
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        for member in members(Window(descriptor)):
+            found.append(member)
+        return found, None
+    except TarDamage as damage:
+        return found, damage
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
+def test_members_are_those_that_tarfile_finds(tmp_path, format):
+    write(tmp_path / "x.tar", format=format)
+    found, damage = scan(tmp_path / "x.tar")
+    assert damage is None
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar]
+    assert [(m.name.decode(), m.data, m.size) for m in found] == expected
+
+
+def test_names_of_ustar_may_have_a_prefix(tmp_path):
+    names = ["p" * 100 + "/" + "q" * 60 + ".jpg", "short.jpg"]
+    write(tmp_path / "x.tar", names, tarfile.USTAR_FORMAT)
+    assert [m.name.decode() for m in scan(tmp_path / "x.tar")[0]] == names
+
+
+def test_headers_of_unix_v7_are_known_by_their_sum(tmp_path):
+    write(tmp_path / "x.tar", ["a.jpg", "b.jpg"])
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    for at in (0, 512):  # the first has no data
+        data[at + 257 : at + 512] = bytes(255)
+        data[at + 148 : at + 156] = b" " * 8
+        data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    (tmp_path / "x.tar").write_bytes(data)
+    assert [m.name for m in scan(tmp_path / "x.tar")[0]] == [b"a.jpg", b"b.jpg"]
+    data[200] ^= 1
+    (tmp_path / "x.tar").write_bytes(data)
+    assert "is not a tar file" in str(scan(tmp_path / "x.tar")[1])
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
+def test_sizes_of_more_than_8_gib_are_read(tmp_path, format):
+    info = tarfile.TarInfo("huge.npy")
+    info.size = 9 * 2**30 + 5
+    last = tarfile.TarInfo("last.npy")
+    with (tmp_path / "x.tar").open("wb") as file:  # sparse: it takes no room
+        header = info.tobuf(format)
+        file.write(header)
+        file.seek(len(header) + 9 * 2**30 + 512)
+        file.write(last.tobuf(format) + bytes(1024))
+    found, damage = scan(tmp_path / "x.tar")
+    assert damage is None and [(m.name, m.size) for m in found] == [(b"huge.npy", info.size), (b"last.npy", 0)]
+
+
+def test_links_folders_and_devices_are_passed_over(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in (
+            ("d", tarfile.DIRTYPE),
+            ("l.jpg", tarfile.SYMTYPE),
+            ("h.jpg", tarfile.LNKTYPE),
+            ("f", tarfile.FIFOTYPE),
+            ("r.jpg", tarfile.REGTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "r.jpg"
+            tar.addfile(info)
+    assert [m.name for m in scan(tmp_path / "x.tar")[0]] == [b"r.jpg"]
+
+
+def test_wherever_a_file_is_cut_what_lies_before_is_found_and_the_rest_named(tmp_path):
+    names = ["a.jpg", "b" * 150 + ".jpg", "c.jpg"]
+    write(tmp_path / "whole.tar", names, data=lambda i: bytes([65 + i]) * 700)
+    data = (tmp_path / "whole.tar").read_bytes()
+    whole, _ = scan(tmp_path / "whole.tar")
+    ends = [m.data + m.size for m in whole]
+    for cut in range(1, whole[-1].data + 1024, 101):
+        (tmp_path / "cut.tar").write_bytes(data[:cut])
+        found, damage = scan(tmp_path / "cut.tar")
+        assert found == whole[: sum(end <= cut for end in ends)], cut
+        if damage is not None and damage.member:
+            assert damage.member.decode() == names[len(found)], cut
+        within = any(m.begin < cut < m.data + m.size for m in whole)
+        assert (damage is not None) >= within, cut
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar file" * 100, b"\x1f\x8b" + bytes(2000), bytes([255]) * 2048])
+def test_what_is_no_tar_is_damage_from_the_start(tmp_path, content):
+    (tmp_path / "x.tar").write_bytes(content)
+    found, damage = scan(tmp_path / "x.tar")
+    assert not found and damage is not None
+
+
+def test_garbage_in_the_middle_ends_the_scan_there(tmp_path):
+    write(tmp_path / "x.tar", ["a.jpg", "b.jpg", "c.jpg"], data=lambda i: bytes(600))
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    data[1536 : 1536 + 512] = os.urandom(512)
+    (tmp_path / "x.tar").write_bytes(data)
+    found, damage = scan(tmp_path / "x.tar")
+    assert [m.name for m in found] == [b"a.jpg"] and "byte 1536" in str(damage)
