@@ -1,8 +1,8 @@
 """Encoded images -> uint8 pixels of the training size. In: JPEG, PNG, ... bytes. Out: uint8 [C, size, size].
 
 JPEG is decoded by libjpeg-turbo (simplejpeg) and resized by torch's antialiased uint8 kernel: both leave Python's lock,
-and together they take about half of Pillow's time (benchmarks/bench_data.py). Pillow decodes the rest, and is the
-reference of the tests. Normalisation happens on the device, on what arrives as uint8: a quarter of the bytes to move.
+and both are faster than Pillow, by how much benchmarks/bench_data.py says. Pillow decodes the rest, and is the reference
+of the tests. Normalisation happens on the device, on what arrives as uint8: a quarter of the bytes to move.
 """
 
 import io

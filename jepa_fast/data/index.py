@@ -73,15 +73,15 @@ def index(file: Path) -> Index:
     try:
         stat = file.stat()
         stamp = (stat.st_size, stat.st_mtime_ns)
-        for kept in _places(file):
-            found = _load(kept, stamp)
-            if found is not None:
-                return found
+        kept = _kept(file, stamp)
+        if kept is not None:
+            return kept
         made = _scan(file, stamp)
     except OSError as error:
         raise UsageError(f"shard {file}: {error.strerror}; give the right --data.path, or make it readable") from None
     _store(made, file)
-    return made
+    kept = _kept(file, stamp)
+    return made if kept is None else kept  # mapped, where it could be kept: shared with other processes
 
 
 # ---- making ---------------------------------------------------------------------------------------
@@ -216,6 +216,10 @@ def _places(file: Path) -> tuple[Path, Path]:
     """Beside the shard, or in the cache folder."""
     elsewhere = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:24]
     return file.with_name(f".{file.name}.idx"), cache_folder() / "indexes" / f"{elsewhere}.idx"
+
+
+def _kept(file: Path, stamp: tuple[int, int]) -> Index | None:
+    return next((found for place in _places(file) if (found := _load(place, stamp)) is not None), None)
 
 
 def _load(kept: Path, stamp: tuple[int, int]) -> Index | None:
