@@ -35,7 +35,7 @@ class Run(NamedTuple):
     def room(self) -> bool:
         """Whether the untrained encoder stands far enough above the majority class for features to fall below it."""
         start = self.records[0]
-        return start["probe/untrained"] - start["probe/majority"] >= 2 * phase.PROBE_MARGIN
+        return start["probe/untrained"] - start["probe/majority"] >= phase.PROBE_MARGIN
 
 
 def runs() -> list[Run]:
@@ -217,7 +217,7 @@ every {every} steps with probes every 100. {tuning} runs are the tuning half, on
 
 Truth is the probe rule: the mean of both encoders' probes 0.026 below the untrained encoder's in two records in a row, and
 later above it by as much. The detector sees the records without probes. *Lead* is how many steps before the probe rule could
-say so the call came; negative is later. A dip has *no room* where the untrained encoder is within 0.052 of the majority
+say so the call came; negative is later. A dip has *no room* where the untrained encoder is within 0.026 of the majority
 class. Brackets are 95 % bootstrap intervals over runs; lead times are medians. A rule "`key` at r of its start" gives
 the alarm when that one signal falls to r of its first value, and the all-clear when it is back; r was chosen on the tuning half.
 All data are generated, models are small and runs short: the table says how the rules compare, not what they do elsewhere.

@@ -21,6 +21,11 @@ from scipy.signal import lfilter
 RESULT = Path(__file__).parent / "results" / "phase_runs.jsonl"
 LENGTH, TRAIN, TEST = 500, 3000, 1000
 EVERY = 20  # steps between the records that are kept
+KEPT = (
+    "step", "loss", "skill", "spread", "norm/target", "discrepancy/visible", "discrepancy/full", "drift/total",
+    *(f"{key}{encoder}" for key in ("rankme", "participation", "feature_std", "alpha_req", "lidar") for encoder in ("", "/context")),
+    "probe/context", "probe/target", "probe/untrained", "probe/majority",
+)  # fmt: skip
 
 # ---- data -----------------------------------------------------------------------------------------
 # Like the demo's sensor set: the classes overlap, single samples tell little and the spectrum much.
@@ -232,15 +237,8 @@ def thin(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
         if record["step"] % EVERY == 0:
             kept.append(record | {"loss": None if None in losses else sum(losses) / len(losses)})
             losses = []
-    keys = [k for k in kept[0] if wanted(k)]
+    keys = [key for key in KEPT if any(key in record for record in kept)]
     return {k: [round4(r.get(k)) for r in kept] for k in keys}
-
-
-def wanted(key: str) -> bool:
-    """Without speed, layers, and the probe's other protocols."""
-    layer = key.startswith("drift/") and key != "drift/total"
-    protocol = key.startswith("probe/") and key.count("/") > 1
-    return not (layer or protocol or key.startswith("time/") or key == "images_per_s")
 
 
 def round4(value: Any) -> Any:

@@ -12,8 +12,8 @@ ISSUE_41 = [0.028, 0.005, 0.005, 0.006, 0.008, 0.012, 0.015]  # loss by epoch, f
 SIGNALS = ("loss", "skill", "spread", "norm/target", "discrepancy/visible", "rankme", "rankme/context", "feature_std")
 
 
-def noise(size, seed, n=150):
-    return np.exp(size * np.random.default_rng(seed).normal(size=n))
+def noise(size, seed):
+    return np.exp(size * np.random.default_rng(seed).normal(size=len(STEPS)))
 
 
 def ramp(*points):

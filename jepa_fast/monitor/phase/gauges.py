@@ -27,6 +27,7 @@ class Reading(NamedTuple):
     start: float
     lowest: float
     now: float
+    num_falling: int  # records from the start to the lowest
 
 
 class Gauge:
@@ -37,15 +38,19 @@ class Gauge:
         self.start: Level | None = None
         self.lowest: Level | None = None
         self.reading: Reading | None = None
+        self.num = self.num_falling = 0  # records since the start, and of those up to the lowest
 
     def add(self, now: Level) -> None:
         if self.start is None or self.lowest is None or (self.from_peak and now.log > self.start.log):
             self.start = self.lowest = now
+            self.num = self.num_falling = 0
         elif now.log < self.lowest.log:
-            self.lowest = now
+            self.lowest, self.num_falling = now, self.num + 1
+        self.num += 1
         if now.num_scatter:
             fall, rise = self._sure(self.start, now, now), self._sure(now, self.lowest, now)
-            self.reading = Reading(fall, rise, *(math.exp(level.log) for level in (self.start, self.lowest, now)))
+            start, lowest, at = (math.exp(level.log) for level in (self.start, self.lowest, now))
+            self.reading = Reading(fall, rise, start, lowest, at, self.num_falling)
 
     def _sure(self, high: Level, low: Level, now: Level) -> float:
         """What is left of high - low once its noise is taken from it."""
@@ -85,6 +90,8 @@ class Signals:
         values["share"] = (
             (spread / norm) ** 2 if spread and norm else constant / self.energy if constant and self.energy else None
         )
+        # With a skill of 0 or less the loss is no less than the constant's, so that this is no less than the share.
+        values["loss share"] = loss / self.energy if loss and self.energy else None
         return values
 
 
@@ -100,4 +107,5 @@ def gauges() -> dict[str, Gauge]:
         "participation/context": Gauge(),
         "discrepancy/visible": Gauge(power=0.45, from_peak=True),
         "share": Gauge(),
+        "loss share": Gauge(),
     }

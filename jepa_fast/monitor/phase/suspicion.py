@@ -48,11 +48,17 @@ def _return(reading: Reading) -> float:
     return -reading.fall
 
 
+def _back(reading: Reading) -> float:
+    """How near the start, if it has come from lower at all."""
+    return -reading.fall - max(0.0, 0.1 - reading.rise) / 0.1
+
+
 MOVED = "{gauge} went from {start:.3g} to {now:.3g} ({change:.2f}x)"
 CAME_BACK = "{gauge} was lowest at {lowest:.3g} and is {now:.3g} (start {start:.3g})"
 POOR = "{now:.1%} of the targets' energy varies between inputs"
 BIAS = -0.2  # of both beliefs: without a signal, no
-MINIMUM = 0.6  # weight of a loss minimum whose fall was tenfold
+RESOLVED = 5  # records that a fall of the loss must have for the first to be its beginning
+MINIMUM = 0.5  # weight of a loss minimum whose fall was tenfold
 COLLAPSE = (
     Ballot("spread", 0.6, 0.12, 0.12, _fall, MOVED),
     Ballot("constant loss", 0.4, 0.12, 0.12, _fall, MOVED),
@@ -62,13 +68,14 @@ COLLAPSE = (
     Ballot(
         "share", 2.8, -math.log(0.05), 0.4, _poverty, POOR, most=0.2
     ),  # poor from the start is no fall; rich is a veto
+    Ballot("loss share", 1.2, -math.log(0.05), 0.4, _poverty, "the loss is {now:.1%} of its first value", most=0.0),
 )
 RECOVERY = (
     Ballot("loss", 0.5, 0.3, 0.15, _rise, CAME_BACK),
-    Ballot("spread", 0.5, 0.3, 0.15, _rise, CAME_BACK),
-    Ballot("constant loss", 0.3, 0.3, 0.15, _rise, CAME_BACK),
-    Ballot("feature_std", 0.3, 0.3, 0.15, _rise, CAME_BACK),
-    Ballot("rankme", 0.3, 0.2, 0.15, _rise, CAME_BACK),
+    Ballot("spread", 0.5, -0.25, 0.15, _back, CAME_BACK),
+    Ballot("constant loss", 0.3, -0.25, 0.15, _back, CAME_BACK),
+    Ballot("feature_std", 0.3, -0.25, 0.15, _back, CAME_BACK),
+    Ballot("rankme", 0.3, -0.38, 0.15, _back, CAME_BACK),
     Ballot("rankme/context", 0.5, -0.1, 0.2, _return, CAME_BACK),
     Ballot("participation/context", 0.4, 0.4, 0.2, _fall, MOVED),
 )
@@ -122,6 +129,8 @@ def _votes(held: dict[str, Gauge], ballots: tuple[Ballot, ...]) -> list[Vote]:
     votes = []
     for ballot in ballots:
         reading = held[ballot.gauge].reading
+        if ballot.gauge == "loss share" and (held["share"].reading or (reading and reading.num_falling < RESOLVED)):
+            continue  # the share itself is known; or the log is too coarse to know the first loss
         if reading is not None:
             vote = max(-1.0, min(ballot.most, (ballot.measure(reading) - ballot.middle) / ballot.half))
             votes.append(Vote(ballot.weight, vote, partial(_say, ballot, reading)))
