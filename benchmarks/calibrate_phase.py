@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import phase_grid as grid
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import phase_grid as grid
 from jepa_fast.monitor import phase
 
 RESULTS = Path(__file__).parent / "results"

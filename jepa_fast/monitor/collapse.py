@@ -73,6 +73,7 @@ class CollapseMonitor:
         self.bad_in_a_row = 0  # steps up to the last record that changed nothing
         self._say, self._more = say, more
         self._num_records = 0
+        self._detector, self._judged = phase.Detector(), 0  # and how many records it has seen
         self._examined: tuple[int, dict[str, float]] | None = None
 
     # ---- every step -------------------------------------------------------------------------------
@@ -236,8 +237,9 @@ class CollapseMonitor:
     def _announce(self) -> None:
         """Events that the records called by now, each once."""
         assert self.log is not None
-        told = {(e["kind"], e.get("called_at")) for e in self.log.events}
-        for event in phase.detect(self.log.records):
+        told = {(e["kind"], e.get("called_at")) for e in self.log.events}  # before a resume, maybe
+        fresh, self._judged = self.log.records[self._judged :], len(self.log.records)
+        for event in (event for record in fresh for event in self._detector.add(record)):
             if (event.kind, event.called_at) not in told:
                 details = {"called_at": event.called_at, "confidence": event.confidence}
                 self.log.event(event.kind, event.step, **details, evidence=list(event.evidence))

@@ -44,6 +44,10 @@ def _poverty(reading: Reading) -> float:
     return -math.log(reading.now)
 
 
+def _depth(reading: Reading) -> float:
+    return -math.log(reading.lowest)
+
+
 def _return(reading: Reading) -> float:
     return -reading.fall
 
@@ -68,7 +72,9 @@ COLLAPSE = (
     Ballot(
         "share", 2.8, -math.log(0.05), 0.4, _poverty, POOR, most=0.2
     ),  # poor from the start is no fall; rich is a veto
-    Ballot("loss share", 1.2, -math.log(0.05), 0.4, _poverty, "the loss is {now:.1%} of its first value", most=0.0),
+    Ballot(
+        "loss share", 1.2, -math.log(0.05), 0.4, _depth, "the loss fell to {lowest:.1%} of its first value", most=0.0
+    ),
 )
 RECOVERY = (
     Ballot("loss", 0.5, 0.3, 0.15, _rise, CAME_BACK),
