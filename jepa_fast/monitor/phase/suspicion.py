@@ -104,12 +104,14 @@ class Suspicions:
         self.gauges = gauges()
         self.expected = ["collapse_suspected", "recovery_suspected"]
         self.minimum: Vote | None = None
+        self.bottom = 0  # its step
         self.first: int | None = None
         self.since, self.rows = 0, 0
 
     def add(self, step: int, levels: dict[str, Level], minimum: Valley | None) -> Event | None:
         self.first = step if self.first is None else self.first
-        self.minimum = _minimum(minimum) if minimum else self.minimum
+        if minimum:
+            self.minimum, self.bottom = _minimum(minimum), minimum.low.step
         for name in levels.keys() & self.gauges.keys():
             self.gauges[name].add(levels[name])
         if not self.expected or not levels:
@@ -127,8 +129,9 @@ class Suspicions:
         if not settled and (self.rows < ROWS or step - self.since < LASTS * (step - self.first)):
             return None
         self.expected.pop(0)
+        since = self.bottom if settled else self.since  # by its minimum at the latest
         self.rows = 0
-        return _event(kind, self.since, step, belief, votes)
+        return _event(kind, since, step, belief, votes)
 
 
 def _votes(held: dict[str, Gauge], ballots: tuple[Ballot, ...]) -> list[Vote]:
