@@ -87,8 +87,9 @@ def threshold(key: str, ratio: float) -> Rule:
 
 def best_threshold(key: str, tuning: list[Run]) -> float:
     def score(ratio: float) -> float:
-        alarms = [threshold(key, ratio)(run.records)[0] is not None for run in tuning]
-        dips = [run.below is not None for run in tuning]
+        held = [run for run in tuning if any(key in record for record in run.records)]
+        alarms = [threshold(key, ratio)(run.records)[0] is not None for run in held]
+        dips = [run.below is not None for run in held]
         return rate(alarms, dips) - rate(alarms, [not d for d in dips])
 
     return max((0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95), key=score)
@@ -146,7 +147,8 @@ def summary(values: list[float], steps: bool) -> str:
 def table(rules: dict[str, Rule], chosen: list[Run]) -> str:
     lines = ["| rule | " + " | ".join(HEADS.values()) + " |", "|---|" + "---|" * len(HEADS)]
     for name, rule in rules.items():
-        held = scores(rule, chosen)
+        key = name.split("`")[1] if "`" in name else "loss"
+        held = scores(rule, [run for run in chosen if any(key in record for record in run.records)])
         lines.append(f"| {name} | " + " | ".join(summary(held[k], "lead" in k) for k in HEADS) + " |")
     return "\n".join(lines)
 
@@ -219,8 +221,9 @@ every {every} steps with probes every 100. {tuning} runs are the tuning half, on
 Truth is the probe rule: the mean of both encoders' probes 0.026 below the untrained encoder's in two records in a row, and
 later above it by as much. The detector sees the records without probes. *Lead* is how many steps before the probe rule could
 say so the call came; negative is later. A dip has *no room* where the untrained encoder is within 0.026 of the majority
-class. Brackets are 95 % bootstrap intervals over runs; lead times are medians. A rule "`key` at r of its start" gives
+class. Brackets are 95 % bootstrap intervals over runs (which cannot see past a rate of 0 or 1: read n); lead times are medians. A rule "`key` at r of its start" gives
 the alarm when that one signal falls to r of its first value, and the all-clear when it is back; r was chosen on the tuning half.
+Not every run logs every key (the grid grew while the monitor did): n says how many did.
 All data are generated, models are small and runs short: the table says how the rules compare, not what they do elsewhere.
 """
 

@@ -1,6 +1,8 @@
 """What the label-free signals are taken to say of the features: when, how surely, and when nothing."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
