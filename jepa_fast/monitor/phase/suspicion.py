@@ -69,12 +69,9 @@ COLLAPSE = (
     Ballot("feature_std", 0.3, 0.12, 0.12, _fall, MOVED),
     Ballot("rankme", 0.3, 0.12, 0.12, _fall, MOVED),
     Ballot("discrepancy/visible", 0.15, 0.12, 0.12, _fall, MOVED),  # it also falls while features get better
-    Ballot(
-        "share", 2.8, -math.log(0.05), 0.4, _poverty, POOR, most=0.2
-    ),  # poor from the start is no fall; rich is a veto
-    Ballot(
-        "loss share", 1.2, -math.log(0.05), 0.4, _depth, "the loss fell to {lowest:.1%} of its first value", most=0.0
-    ),
+    # Vetoes: poor features are nothing to suspect by themselves, but rich ones may lose half their variation.
+    Ballot("share", 2.8, -math.log(0.06), 0.4, _poverty, POOR, most=0.0),
+    Ballot("loss share", 1.2, -math.log(0.07), 0.4, _depth, "the lowest loss is {lowest:.1%} of the first", most=0.0),
 )
 RECOVERY = (
     Ballot("loss", 0.5, 0.3, 0.15, _rise, CAME_BACK),
