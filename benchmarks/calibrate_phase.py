@@ -162,13 +162,22 @@ def reliability(chosen: list[Run]) -> str:
             for event in phase.detect(without_probes(run.records)):
                 if event.kind == kind:
                     sure.append(event.confidence)
-                    right.append((run.below if kind == "collapse_suspected" else run.recovered) is not None)
+                    right.append(
+                        run.below is not None if kind == "collapse_suspected" else _above(run, event.called_at)
+                    )
         lines.append(
             f"| `{kind}` | {np.mean(sure):.2f} | {sum(right)} of {len(right)} |"
             if sure
             else f"| `{kind}` | never called | |"
         )
     return "\n".join(lines)
+
+
+def _above(run: Run, step: int) -> bool:
+    """Whether the first probes from `step` on are above the untrained encoder's by the margin."""
+    probed = (r for r in run.records if r["step"] >= step and "probe/context" in r)
+    record = next(probed, run.records[-1])
+    return (record["probe/context"] + record["probe/target"]) / 2 - record["probe/untrained"] >= phase.PROBE_MARGIN
 
 
 def each(chosen: list[Run]) -> str:
@@ -223,6 +232,8 @@ later above it by as much. The detector sees the records without probes. *Lead* 
 say so the call came; negative is later. A dip has *no room* where the untrained encoder is within 0.026 of the majority
 class. Brackets are 95 % bootstrap intervals over runs (which cannot see past a rate of 0 or 1: read n); lead times are medians. A rule "`key` at r of its start" gives
 the alarm when that one signal falls to r of its first value, and the all-clear when it is back; r was chosen on the tuning half.
+*Right* is a suspected collapse in a run with a dip, and a suspected recovery whose next probes are 0.026 above the untrained
+encoder's. The confidence alone was set on both halves, after the untouched one had been seen; calls were not.
 Not every run logs every key (the grid grew while the monitor did): n says how many did.
 All data are generated, models are small and runs short: the table says how the rules compare, not what they do elsewhere.
 """

@@ -70,7 +70,7 @@ def test_a_collapse_and_its_end_are_called_while_they_happen(seed, every):
     assert (fall.kind, rise.kind) == ("collapse_suspected", "recovery_suspected")
     assert 100 <= fall.step <= fall.called_at <= (400 if every == 1 else 500)
     assert 650 <= rise.step <= rise.called_at <= 1150
-    assert fall.confidence > 0.6 and rise.confidence > 0.6
+    assert fall.confidence > 0.45 and rise.confidence > 0.35
 
 
 @pytest.mark.parametrize("keys", [("loss",), ("loss", "skill"), ("loss", "spread"), ("loss", "discrepancy/visible"),
@@ -85,12 +85,12 @@ def test_a_few_signals_do_and_more_make_surer(keys):
 def test_a_loss_alone_says_little_and_late():
     fall, rise = suspected(only(collapse(), "loss"))
     assert fall.called_at > 600  # after its minimum: a loss that falls is nothing to suspect
-    assert fall.confidence < 0.65 and rise.confidence < 0.65
+    assert fall.confidence < 0.5 and rise.confidence < 0.5
 
 
 def test_the_losses_of_a_known_report_are_suspected_and_no_more():
     fall, *rest = suspected([{"step": i, "loss": v} for i, v in enumerate(ISSUE_41)])
-    assert fall.kind == "collapse_suspected" and fall.confidence < 0.65 and fall.step in (1, 2)
+    assert fall.kind == "collapse_suspected" and fall.confidence < 0.5 and fall.step in (1, 2)
     assert [e.kind for e in rest] in ([], ["recovery_suspected"])
 
 
