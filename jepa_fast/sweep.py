@@ -23,7 +23,7 @@ from jepa_fast.report import compare, paper
 USAGE = """usage: python -m jepa_fast.sweep [PRESET] --section.field V1,V2,... [--section.field VALUE ...]
 
   --dir PATH     where the runs go, a folder each (default: sweeps/<preset>-<axes>)
-  --jobs N       runs at a time (default: the machine's cores, at most 2)
+  --jobs N       runs at a time (default: 2, where there are two cores); they share out the cores
   --dry-run      say which runs there would be, and stop
 
   python -m jepa_fast.sweep demo --ema.decay 0,.9,.99,.996,.999,.9999,1
@@ -82,11 +82,16 @@ def parse(argv: list[str]) -> Plan:
     folder = Path(options["--dir"] or f"sweeps/{preset}-{'-'.join(axes)}")
     if options["--jobs"] and not (options["--jobs"].isdigit() and int(options["--jobs"])):
         raise UsageError(f"--jobs {options['--jobs']}: give a number of processes of at least 1")
-    jobs = int(options["--jobs"] or min(2, os.cpu_count() or 1))
+    jobs = int(options["--jobs"] or min(2, _cores()))
     plan = Plan(preset, axes, fixed, folder, jobs, dry)
     for arguments in plan.runs().values():
         cli.parse([preset, *fixed, *arguments])
     return plan
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _values(name: str, text: str) -> list[str]:
@@ -100,7 +105,7 @@ def execute(plan: Plan) -> dict[str, str]:
     """Run what is not complete, `jobs` at a time. Returns {name: why it failed} of those that did."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     _claim(plan)
-    threads = max(1, (os.cpu_count() or 1) // plan.jobs)
+    threads = max(1, _cores() // plan.jobs)
     began, runs = time.monotonic(), plan.runs()
     failed: dict[str, str] = {}
 

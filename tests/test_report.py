@@ -1,5 +1,6 @@
 """The report says what happened, whatever happened, of any run folder."""
 
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from jepa_fast import report
 from jepa_fast.config import to_json
 from jepa_fast.monitor import phase
 from jepa_fast.presets import preset
+from jepa_fast.report import coverage
 
 STEPS = range(0, 1001, 10)
 VOID = {"meta", "link", "br"}
@@ -224,6 +226,44 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path):
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 1010, "lo')
     assert "1,000 of 1,800: in progress" in " ".join(checked(report.write(folder)).words)
+
+
+def test_what_lies_behind_the_glance_has_sections_of_its_own(tmp_path):
+    records = run_of(dipping, lambda s: 0.6)
+    for record in records[::10]:
+        record |= {"mismatch/both": 2.0, "mismatch/input": 0.5, "mismatch/ema": 1.9, "bound/gamma": 9.0,
+                   "bound/measured": 3.0, "rankme": 20.0, "lidar": 40.0, "identity/residual": 0.3}  # fmt: skip
+    page = report.write(write(tmp_path / "run", records))
+    checker = checked(page)
+    words = " ".join(checker.words)
+    for said in ("Where the discrepancy comes from", "How many directions", "Which layers drift", "What the masks cover",
+                 "Throughput and health", "input mismatch 0.5", "γ 9", "LiDAR 40"):  # fmt: skip
+        assert said in words
+    text = page.read_text()
+    names = re.findall(r' id="([^"]+)"', text)
+    assert len(names) == len(set(names))
+    assert all(f'id="{name}"' in text for name in re.findall(r"url\(#([^)]+)\)", text))
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("demo", "remark B.1, which models it as random, does not describe"),
+    ("in1k-vitb16", "Blocks vary more than independent tokens, as remark B.2 says"),
+])  # fmt: skip
+def test_the_masks_in_use_stand_beside_remarks_b1_and_b2(name, says):
+    config = preset(name)
+    found = coverage.coverage(config)
+    assert found.visible.shape == found.target.shape == (config.num_tokens,)
+    assert found.hidden.mean() == pytest.approx((1 - found.visible).sum(), rel=1e-6)
+    assert found.target.min() > 0 and found.target.max() <= 1
+    assert says in " ".join(coverage.sentences(found))
+    image = np.asarray(_drawn(coverage.coverage_figure(found)))
+    assert image.std() > 10
+
+
+def _drawn(figure):
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return Image.open(out).convert("L")
 
 
 # ---- the command ----------------------------------------------------------------------------------

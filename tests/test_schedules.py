@@ -1,10 +1,13 @@
 """Levers: what is asked for at the start, at the end and between, and only that."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from jepa_fast import schedules
-from jepa_fast.config import EMA, Perturb, replace
+from jepa_fast.config import EMA, Config, Perturb, flatten, replace
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.loader import Loader
 from jepa_fast.errors import UsageError
@@ -60,3 +63,9 @@ def test_a_perturbation_is_as_large_as_asked_on_matrices_alone_and_the_same_agai
             assert not moved.any()
         else:
             assert float(moved.std() / before[name].detach().std()) == pytest.approx(0.1, rel=0.05)
+
+
+def test_every_lever_that_is_documented_is_a_field():
+    table = (Path(__file__).parent.parent / "docs" / "diagnosis.md").read_text().split("## Levers")[1]
+    named = re.findall(r"`([a-z_]+\.[a-z_]+)`", table)
+    assert len(named) > 10 and set(named) <= set(flatten(Config()))

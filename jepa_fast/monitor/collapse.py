@@ -105,8 +105,9 @@ class CollapseMonitor:
         for what else belongs into it. num_inputs: of this step, if features are of a part.
         """
         self.step = self.step if step is None else step
-        loss = torch.as_tensor(loss).detach().float()
         inputs = target if target is not None else context
+        device = None if isinstance(loss, Tensor) or inputs is None else inputs.device
+        loss = torch.as_tensor(loss, device=device).detach().float()
         held = len(inputs) if inputs is not None else 0
         self.interval.add(loss, held if num_inputs is None else num_inputs, wait)
         record = None

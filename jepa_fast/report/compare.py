@@ -102,8 +102,8 @@ def measure(run: Compared) -> dict[str, float]:
         "share below": below,
         "probe context": probes["context"][-1][1] if means else nothing,
         "probe target": probes["target"][-1][1] if means else nothing,
-        "C early": at(values(run.records, "discrepancy/full"), early),
-        "drift early": at(values(run.records, "drift/total"), early),
+        "C early": at(values(run.records, "discrepancy/full")[1:], early),  # both are 0 at step 0, whatever the run
+        "drift early": at(values(run.records, "drift/total")[1:], early),
     }
 
 
@@ -133,7 +133,7 @@ def claims(runs: list[Compared]) -> list[str]:
     """What the paper says of the field that varies, beside what these runs did. Seeds are averaged."""
     said: list[str] = []
     if (decays := _by(runs, "ema.decay")) and len(decays) >= 3:
-        s = f"at step {runs[0].records[-1]['step'] // 10:,}, a tenth of the run"
+        s = f"near step {runs[0].records[-1]['step'] // 10:,}, a tenth of the run"
         said += [
             _claim("Corollary 4.3: a larger β makes the encoders' discrepancy smaller early in training",
                    decays, "C early", -1, f"C on whole inputs {s}"),

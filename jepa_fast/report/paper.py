@@ -189,8 +189,8 @@ def _shade(run: Compared, *axes: Axes) -> None:
     for start, stop in spans or ([(0, called["step"])] if called else []):
         for ax in axes:
             ax.axvspan(start, stop, color=LIGHT["band"], linewidth=0, zorder=0)
-    said = "shaded: features below untrained" if spans else "shaded: loss falling" if called else ""
-    axes[0].text(0.02, 0.02, said, transform=axes[0].transAxes, **SMALL)
+    said = "; shaded: features below untrained" if spans else "; shaded: loss falling" if called else ""
+    axes[0].set_xlabel(f"step{said}", **SMALL)
 
 
 def _hues(count: int) -> list[str]:
