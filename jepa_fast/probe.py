@@ -42,7 +42,7 @@ def load(folder: Path, step: int | None = None) -> tuple[Config, dict[str, nn.Mo
     if not have or (step is not None and step not in have):
         raise UsageError(f"{folder} has no checkpoint{f' of step {step}' if have else ''}; there is {have or 'none'}")
     path = folder / "checkpoints" / f"step-{have[-1] if step is None else step}"
-    torch.manual_seed(config.train.seed)  # the encoder as this run had it before its first step
+    torch.manual_seed(config.train.seed)  # as the run drew its weights, before --init.from if there was one
     untrained = JEPA(config).context_encoder
     trained = JEPA(config)
     trained.load_state_dict(checkpoint.weights_at(str(path)))

@@ -49,6 +49,27 @@ def test_the_terms_of_equation_4_are_its_terms_and_the_triangle_holds():
     assert record["mismatch/excess"] < 1e-6
 
 
+def test_the_discrepancy_of_a_layer_is_that_of_its_output():
+    jepa, inputs = pushed_apart(preset("demo")), normal(16, 1, 500)
+    record = Examination(jepa.context_encoder, jepa.target_encoder, inputs).look()
+    with torch.no_grad():
+        f, g = (
+            e.blocks[0](*entering(e, inputs)).view(16, 10, 128) for e in (jepa.context_encoder, jepa.target_encoder)
+        )
+    expected = (f - g).norm(dim=-1).mean() / discrepancy.instance_spread(g)
+    assert record["layer_discrepancy/blocks.0"] == pytest.approx(float(expected), rel=1e-4)
+    assert {k for k in record if k.startswith("layer_")} == {"layer_discrepancy/blocks.0", "layer_discrepancy/blocks.1"}
+
+
+def entering(encoder, inputs):
+    """What the first block is called with."""
+    seen = []
+    handle = encoder.blocks[0].register_forward_pre_hook(lambda _module, given: seen.append(given))
+    encoder(inputs)
+    handle.remove()
+    return seen[0]
+
+
 def test_a_triangle_that_is_none_is_found():
     _, excess = discrepancy.mismatches(normal(5, 8), torch.full((5, 8), math.nan), normal(5, 8, seed=1))
     assert math.isnan(float(excess)) and not float(excess) <= 1e-4

@@ -19,7 +19,7 @@ from jepa_fast.monitor.spikes import loss_spike
 from jepa_fast.monitor.tokens import Tokens, as_tokens, rows_of
 
 Record = dict[str, Any]
-RECORDS_A_LOOK = 10  # without an examination: records between looks at the events and at the identity
+RECORDS_A_LOOK = 10  # without an examination: records between checks of the identity and spectral norms
 TRIANGLE = 1e-4  # of the features' norm: rounding in float32 stays below, a fault does not
 
 
@@ -68,12 +68,14 @@ class CollapseMonitor:
         self.identity = Identity(self.drift.ema) if self.drift else None
         self.world = parallel.here()
         self.log = _open(folder, start) if self.world.is_main else None
+        self._detector = phase.Detector()
+        for record in self.records:  # of a log that goes on: its events are told already
+            self._detector.add(record)
         self.step = start or 0  # of the next observation
         self.interval = Interval()
         self.bad_in_a_row = 0  # steps up to the last record that changed nothing
         self._say, self._more = say, more
         self._num_records = 0
-        self._detector, self._judged = phase.Detector(), 0  # and how many records it has seen
         self._examined: tuple[int, dict[str, float]] | None = None
 
     # ---- every step -------------------------------------------------------------------------------
@@ -112,12 +114,12 @@ class CollapseMonitor:
         self.interval.add(loss, held if num_inputs is None else num_inputs, wait)
         record = None
         if last or self.step % self.every == 0 or self._examines(last):
-            examined = self.examine(last)
+            looks = self._examines(last) if self.examination else self._num_records % RECORDS_A_LOOK == 0
+            examined = self.examine(last) | (more() if more else {})
             with torch.no_grad():
                 signals = self._signals(loss, context, target, visible, hidden, hidden_weight)
-            seldom = self._examines(last) if self.examination else self._num_records % RECORDS_A_LOOK == 0
-            record = self._write(signals, examined | (more() if more else {}), seldom)
-            if seldom and self.identity:
+            record = self._write(signals, self._drift(examined, looks), examined)
+            if looks and self.identity:
                 self.identity.remember()
         self.step += 1
         return record
@@ -139,11 +141,9 @@ class CollapseMonitor:
 
         By hand, ahead of the forward, it does not add to the peak of memory.
         """
-        if (
-            self.examination is None
-            or not self._examines(last)
-            or not (self.world.is_main or self.examination.everywhere)
-        ):
+        if self.examination is None or not self._examines(last):
+            return {}
+        if not (self.world.is_main or self.examination.everywhere):
             return {}
         if self._examined is None or self._examined[0] != self.step:
             began = time.monotonic()
@@ -180,17 +180,29 @@ class CollapseMonitor:
             signals["skill"] = discrepancy.predictor_skill(loss, regression, rows, weight, self.loss)
         return signals
 
-    def _write(self, signals: dict[str, Tensor], examined: dict[str, float], seldom: bool) -> Record:
-        """One line of metrics.jsonl and the events it calls. The only synchronisation."""
+    def _drift(self, examined: dict[str, float], looks: bool) -> dict[str, float]:
+        """Distances of the weights, and what needs them. Called on every process."""
+        if self.drift is None:
+            return {}
+        record = self.drift.by_layer()
+        if "bound/mask_term" in examined:
+            record |= bound.complete(examined, record["drift/total"])
+        if self.step % self.spectral_every == 0 if self.spectral_every else looks:
+            began = time.monotonic()
+            record |= self.drift.spectral()
+            record["time/spectral"] = time.monotonic() - began
+            self.interval.examining += record["time/spectral"]
+        if self.identity and self.identity.worst is not None:
+            record["identity/residual"] = self.identity.worst
+        return record
+
+    def _write(self, signals: dict[str, Tensor], drift: dict[str, float], examined: dict[str, float]) -> Record:
+        """One line of metrics.jsonl and the events it calls. Synchronises."""
         values = parallel.average(self.interval.sums() | signals, self.world)
         highest = values.pop("highest")
         bad, self.bad_in_a_row = round(values.pop("bad")), round(values.pop("bad_in_a_row"))
-        drift = self._drift(examined, seldom)
-        identity = (
-            {"identity/residual": self.identity.worst} if self.identity and self.identity.worst is not None else {}
-        )
         times = self.interval.times(self.world.size) | (self._more() if self._more else {})
-        record = {"step": self.step, **values, **drift, **identity, **examined, **times}
+        record = {"step": self.step, **values, **drift, **examined, **times}
         self.interval.begin()
         self._num_records += 1
         if self.log:
@@ -201,50 +213,31 @@ class CollapseMonitor:
             if bad:
                 self.log.event("skipped_step", self.step, count=bad)
             self._check_theory(record)
-            if seldom:
-                self._announce()
-        return record
-
-    def _drift(self, examined: dict[str, float], seldom: bool) -> dict[str, float]:
-        """Distances of the weights, and what needs them. Called on every process."""
-        if self.drift is None:
-            return {}
-        record = self.drift.by_layer()
-        if "bound/mask_term" in examined:
-            record |= bound.complete(examined, record["drift/total"])
-        if seldom if not self.spectral_every else self.step % self.spectral_every == 0:
-            began = time.monotonic()
-            record |= self.drift.spectral()
-            seconds = time.monotonic() - began
-            record["time/spectral"], self.interval.examining = seconds, self.interval.examining + seconds
+            self._announce(record)
+        if self.identity:
+            self.identity.worst = None  # told
         return record
 
     def _check_theory(self, record: Record) -> None:
         """What cannot be otherwise is asserted: a violation says that something is wrong with the run or with us."""
         assert self.log is not None
         if not record.get("mismatch/excess", 0.0) <= TRIANGLE:  # NaN too
-            said = f"equation 4 is off by {record['mismatch/excess']:.2g} of the features' norm"
             self.log.event("triangle_violated", self.step, excess=record["mismatch/excess"])
+            said = f"equation 4 is off by {record['mismatch/excess']:.2g} of the features' norm"
             self._tell(f"event: triangle violated, step {self.step:,}: {said}")
-        if self.identity and self.identity.worst is not None:
-            if not self.identity.worst <= 1:
-                said = (
-                    f"the EMA's update is off the identity of theorem 4.2 by {self.identity.worst:.3g} times rounding"
-                )
-                self.log.event("identity_violated", self.step, residual=self.identity.worst, tensor=self.identity.where)
-                self._tell(f"event: identity violated, step {self.step:,}: {said} in {self.identity.where}")
-            self.identity.worst = None
+        residual = record.get("identity/residual", 0.0)
+        if self.identity and not residual <= 1:
+            self.log.event("identity_violated", self.step, residual=residual, tensor=self.identity.where)
+            said = f"the update is off theorem 4.2 by {residual:.3g} times what rounding explains"
+            self._tell(f"event: identity violated, step {self.step:,}: {said}, in {self.identity.where}")
 
-    def _announce(self) -> None:
-        """Events that the records called by now, each once."""
+    def _announce(self, record: Record) -> None:
+        """Events that this record decides."""
         assert self.log is not None
-        told = {(e["kind"], e.get("called_at")) for e in self.log.events}  # before a resume, maybe
-        fresh, self._judged = self.log.records[self._judged :], len(self.log.records)
-        for event in (event for record in fresh for event in self._detector.add(record)):
-            if (event.kind, event.called_at) not in told:
-                details = {"called_at": event.called_at, "confidence": event.confidence}
-                self.log.event(event.kind, event.step, **details, evidence=list(event.evidence))
-                self._tell(sentence(self.log.events[-1]))
+        for event in self._detector.add(record):
+            details = {"called_at": event.called_at, "confidence": event.confidence}
+            self.log.event(event.kind, event.step, **details, evidence=list(event.evidence))
+            self._tell(sentence(self.log.events[-1]))
 
     def _tell(self, text: str) -> None:
         if self._say:
@@ -261,9 +254,8 @@ class CollapseMonitor:
         return self.log.events if self.log else []
 
     def close(self) -> list[Record]:
-        """Call the events that the last records decide, and close the files. Returns all phase events."""
+        """Close the files. Returns all phase events."""
         if self.log:
-            self._announce()
             self.log.close()
         return [e for e in self.events if "evidence" in e]
 

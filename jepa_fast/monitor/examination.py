@@ -15,7 +15,7 @@ from jepa_fast.config import Monitor
 from jepa_fast.monitor import bound, discrepancy, probes, spectrum
 
 FULL_INPUTS = 256  # inputs of the fixed set on which both encoders see everything
-LIDAR_INPUTS, JACOBIAN_INPUTS = 128, 16
+LIDAR_INPUTS, JACOBIAN_INPUTS, LAYER_INPUTS = 128, 16, 16
 
 
 class Views(Protocol):
@@ -125,7 +125,18 @@ class Examination:
             self._seen = self._visible(context, target)
             terms, values["mismatch/excess"] = discrepancy.mismatches(*self._seen[:3])
             values |= terms
+        values |= self._by_layer()
         return {key: float(value) for key, value in values.items()}
+
+    def _by_layer(self) -> dict[str, Tensor]:
+        """||f_l - g_l|| after each block, relative to the spread of g there; few inputs, as every block's are held."""
+        inputs = self.inputs[:LAYER_INPUTS].to(self.device)
+        context, target = (_after_blocks(encoder, inputs) for encoder in self.encoders.values())
+        return {
+            f"layer_discrepancy/{name}": discrepancy.discrepancy(f, target[name])
+            / discrepancy.instance_spread(target[name].view(len(inputs), -1, f.shape[-1])).clamp(min=1e-12)
+            for name, f in context.items()
+        }
 
     def _bound(self) -> dict[str, float]:
         """Terms of gamma that need no weights; the monitor adds the drift's."""
@@ -194,3 +205,25 @@ class Examination:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.untrained, self._jacobian.vector = dict(state["untrained"]), state["jacobian"]
+
+
+def _after_blocks(encoder: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """{'blocks.<i>': its output, tokens flattened [B * N, D]}, of an encoder with a list `blocks`; else {}."""
+    seen: dict[str, Tensor] = {}
+    blocks = getattr(encoder, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList) or len(inputs) < 2:
+        return seen
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, out: Tensor) -> None:
+            seen[name] = out.detach().float().flatten(0, -2)
+
+        return hook
+
+    handles = [block.register_forward_hook(keep(f"blocks.{i}")) for i, block in enumerate(blocks)]
+    try:
+        encoder(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

@@ -18,7 +18,7 @@ class Interval:
         self.num_steps, self.num_inputs, self.wait, self.examining = 0, 0, 0.0, 0.0
 
     def add(self, loss: Tensor, num_inputs: int, wait: float) -> None:
-        """A step's loss. One that is not finite counts as a bad step, not into the mean."""
+        """A step's loss. One that is not finite is left out of the mean."""
         if self.loss.device != loss.device:
             self.load_state_dict({name: value.to(loss.device) for name, value in self.state_dict().items()})
         finite = torch.isfinite(loss)

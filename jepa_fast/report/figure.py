@@ -74,6 +74,14 @@ DETAILS: dict[str, tuple[str, tuple[Panel, ...]]] = {
         ),
     ),
 }  # fmt: skip
+# Heat maps of layers over steps: heading, what to read there, keys (the first that there are)
+MAPS = (
+    ("Which layers drift", "‖θ − θ̄‖ of every layer, relative to ‖θ‖ where that is logged: where the weights differ.",
+     ("drift_relative/", "drift/")),
+    ("In which layers the features part", "‖f − g‖ after every block, relative to the spread between inputs there.",
+     ("layer_discrepancy/",)),
+)  # fmt: skip
+NAMES = {"drift/": "Drift", "drift_relative/": "Drift, relative,", "layer_discrepancy/": "Discrepancy, relative,"}
 # The curve an event is drawn on. Probe events bound the shaded steps.
 MARKED = {"loss_minimum": "loss", "discrepancy_valley": "discrepancy/visible", "variance_escape": "spread"}
 SMALL: dict[str, Any] = {"fontsize": 8, "color": LIGHT["muted"]}
@@ -90,11 +98,10 @@ def detail_figures(records: list[Record]) -> dict[str, tuple[str, Figure]]:
     for title, (says, panels) in DETAILS.items():
         if any(values(records, line[0]) for panel in panels for line in panel[3]):
             figures[title] = (says, _figure(panels, records, []))
-    for prefix, said in (("drift_relative/", "‖θ − θ̄‖ / ‖θ‖ of every layer"), ("drift/", "‖θ − θ̄‖ of every layer")):
-        if len(_complete_rows(records, _layers(records, prefix))) > 1:
-            says = f"{said}: where the two encoders differ."
-            figures["Which layers drift"] = (says, _figure((), records, [], layers=prefix))
-            break
+    for heading, says, prefixes in MAPS:
+        prefix = next((p for p in prefixes if len(_complete_rows(records, _layers(records, p))) > 1), "")
+        if prefix:
+            figures[heading] = (says, _figure((), records, [], layers=prefix))
     return figures
 
 
@@ -216,8 +223,7 @@ def _complete_rows(records: list[Record], names: list[str]) -> list[Record]:
 def _draw_layers(ax: Axes, rows: list[Record], names: list[str], prefix: str) -> None:
     drawn = [[row[key] for row in rows] for key in names]
     low, high = min(map(min, drawn)), max(map(max, drawn))
-    relative = ", relative," if "relative" in prefix else ""
-    title = f"Drift{relative} by layer, from {low:.2g} (dark) to {high:.2g} (light)"
+    title = f"{NAMES[prefix]} by layer, from {low:.2g} (dark) to {high:.2g} (light)"
     ax.set_title(title, loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
     ax.pcolormesh([row["step"] for row in rows], range(len(names)), drawn, norm=LogNorm(low, high), cmap="cividis",
                   shading="nearest", rasterized=True)  # fmt: skip
