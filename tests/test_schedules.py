@@ -30,7 +30,7 @@ def test_the_ema_decay_goes_up_or_down(schedule, start, end):
 def test_the_masking_ratio_goes_where_it_is_told_and_the_loader_follows(tmp_path):
     config = replace(preset("demo"), {"masks.ratio": 0.3, "masks.final_ratio": 0.9, "masks.schedule": "linear"})
     loader = Loader(config, open_dataset(config).train, 0, 0, 1, 0, 11)
-    hidden = [10 - len(batch.plan.context_index) / 32 for batch in loader]
+    hidden = [10 - sum(int(plan.context_cu[-1]) for plan in batch.plans) / 32 for batch in loader]
     loader.close()
     assert hidden == [int(10 * (0.3 + 0.06 * step) + 1e-9) for step in range(11)]
     blocks = replace(preset("textures"), {"masks.final_target_scale": (0.05, 0.1), "masks.schedule": "cosine"}).masks

@@ -72,7 +72,8 @@ def coverage_figure(found: Coverage) -> Figure:
         bare(ax)
         low, high = float(values.min()), float(values.max())
         ax.imshow(values.reshape(shape), cmap="cividis", vmin=0, vmax=1, aspect="auto" if shape[0] == 1 else "equal")
-        ax.set_title(f"{title}: {low:.0%} to {high:.0%} of inputs", loc="left", fontsize=9, color=LIGHT["ink"])
+        ax.set_title(title, loc="left", fontsize=9, color=LIGHT["ink"])
+        ax.set_xlabel(f"of {low:.0%} to {high:.0%} of inputs", **SMALL)
         ax.set_xticks([]), ax.set_yticks([])
     ax = axes[2]
     bare(ax)
