@@ -12,6 +12,9 @@ VERBS = {
     "probe": "say what a run's encoders are worth, on its data or another set",
     "sweep": "train over a grid of fields, and compare",
     "theorem": "train the theorem's own setting, where the bound is a bound",
+    "diagnose": "read another trainer's log and say which phase it shows",
+    "export": "write an encoder for timm, transformers, ijepa or as safetensors",
+    "doctor": "say what this machine can do, and test every kernel",
 }
 
 

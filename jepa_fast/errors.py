@@ -1,14 +1,29 @@
 """Errors that are the user's to mend: printed as one line, exit code 2, no traceback."""
 
+import argparse
 import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import NoReturn
 
 
 class UsageError(ValueError):
     """Bad input. The message names the value, the place and the mend, on one line."""
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse whose complaints are UsageErrors; no abbreviated options, the description as it is written."""
+
+    def __init__(self, verb: str, description: str):
+        super().__init__(
+            prog=f"python -m jepa_fast.{verb}", description=description, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; {self.prog} --help shows the options")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

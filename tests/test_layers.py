@@ -18,11 +18,12 @@ STAGES = [
     {"monitor"},
     {"rundir"},
     {"cli", "report"},
+    {"api"},
     {"run"},
-    {"train", "theorem", "probe", "sweep", "shards"},
+    {"train", "theorem", "probe", "sweep", "shards", "diagnose", "export", "doctor"},
     {"__main__"},
 ]
-VERBS = {"train", "theorem", "probe", "sweep", "shards", "__main__"}
+VERBS = {"train", "theorem", "probe", "sweep", "shards", "diagnose", "export", "doctor", "__main__"}
 LEVEL = {name: level for level, names in enumerate(STAGES) for name in names}
 
 

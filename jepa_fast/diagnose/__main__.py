@@ -1,0 +1,5 @@
+import sys
+
+from jepa_fast.diagnose import main
+
+sys.exit(main())

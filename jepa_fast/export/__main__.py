@@ -1,0 +1,5 @@
+import sys
+
+from jepa_fast.export import main
+
+sys.exit(main())

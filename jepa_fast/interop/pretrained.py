@@ -1,0 +1,167 @@
+"""An encoder from wherever it lies: our run or checkpoint, an official file, a timm or a transformers folder."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from jepa_fast import checkpoint
+from jepa_fast.config import Config, from_json, to_json
+from jepa_fast.errors import UsageError
+from jepa_fast.interop import files, hf, vit
+from jepa_fast.model.jepa import JEPA
+from jepa_fast.model.vit import Encoder
+
+Which = Literal["target", "context"]
+OFFICIAL = {"context": "encoder", "target": "target_encoder"}  # entries of a facebookresearch/ijepa checkpoint
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A frozen encoder and what is known of it."""
+
+    encoder: Encoder
+    which: str  # 'target', 'context', or 'unknown' where the file does not say
+    origin: str  # format and place, for people
+    step: int | None = None  # optimizer steps behind it
+    config: Config | None = None  # of our own runs
+    notes: list[str] = field(default_factory=list)  # what is not as it was in its old home
+
+
+def load_encoder(path: str | Path, which: Which = "target", step: int | None = None, heads: int = 0) -> Pretrained:
+    """The encoder at `path`, frozen, in eval mode, on the CPU.
+
+    path: a run folder (its newest checkpoint, or that of `step`), one of its checkpoints/step-N, a facebookresearch/ijepa
+    .pth.tar, a transformers IJepaModel folder, a timm ViT (folder, .safetensors, .bin, .pth) or our own export.
+    which: the target encoder (which papers evaluate) or the context encoder, where both are there.
+    heads: attention heads, where neither the file nor the width says it.
+    Raises UsageError: unknown format, missing tensors, another architecture, NaN weights, code in a pickle.
+    """
+    path = Path(path)
+    if which not in OFFICIAL:
+        raise UsageError(f"which is {which!r}; give 'target' or 'context'")
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; give a run folder or a checkpoint")
+    if (path / "checkpoints").is_dir() or (path / "meta.json").is_file():
+        return _from_run(path, which, step)
+    if path.is_dir():
+        return _from_folder(path, which, heads)
+    return _from_file(path, which, heads)
+
+
+def _from_run(path: Path, which: str, step: int | None) -> Pretrained:
+    if (path / "meta.json").is_file():
+        run, state = path.parent.parent, checkpoint.load(path)
+    else:
+        run, found = path, checkpoint.found(path)
+        if step is None and not found:
+            raise UsageError(f"{path} holds no checkpoint yet; let the run write one (--checkpoint.every N)")
+        if step is not None and step not in found:
+            raise UsageError(f"{path} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}")
+        state = checkpoint.load(path / "checkpoints" / f"step-{found[-1] if step is None else step}")
+    try:
+        config = from_json((run / "config.json").read_text(), str(run / "config.json"))
+    except OSError:
+        raise UsageError(f"{run} has no config.json beside its checkpoints; give the run folder") from None
+    encoder = encoder_of(config, state["model"], which, str(path))
+    return Pretrained(encoder, which, f"run {run}", state.get("step"), config)
+
+
+def encoder_of(config: Config, weights: dict[str, Any], which: str, where: str) -> Encoder:
+    """One encoder of a JEPA's state dict."""
+    prefix = f"{which}_encoder."
+    own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    encoder: Encoder = getattr(JEPA(config), prefix[:-1])
+    vit.check(encoder, own, where)
+    encoder.load_state_dict(own)
+    return encoder.eval().requires_grad_(False)
+
+
+def _from_folder(folder: Path, which: str, heads: int) -> Pretrained:
+    config = hf.read_json(folder / "config.json")
+    ours = config.get("jepa_fast", {})  # what our own export adds
+    said = str(ours.get("encoder", "unknown"))
+    if config.get("model_type"):
+        settings, names = hf.settings(folder), hf.from_hf
+        origin = f"transformers folder {folder}"
+    elif "architecture" in config:
+        pixels, arguments = config.get("pretrained_cfg", {}), config.get("model_args", {})
+        settings = vit.Settings(
+            heads=int(arguments.get("num_heads", 0)),
+            mean=tuple(pixels.get("mean", vit.Settings.mean)),
+            std=tuple(pixels.get("std", vit.Settings.std)),
+        )
+        names, origin = (lambda weights, where: weights), f"timm folder {folder}"
+    else:
+        raise UsageError(
+            f"{folder / 'config.json'} is neither transformers' nor timm's; give a folder that one of them wrote"
+        )
+    if heads:
+        settings = vit.Settings(heads, settings.eps, settings.mean, settings.std)
+    weights = names(files.load_folder(folder), str(folder))
+    encoder, notes = vit.from_vit(weights, settings, str(folder))
+    return Pretrained(encoder, _agreeing(said, which, folder), origin, ours.get("step"), notes=notes)
+
+
+def _agreeing(said: str, which: str, path: Path) -> str:
+    if said != "unknown" and said != which:
+        raise UsageError(f"{path} holds the {said} encoder, not the {which} encoder: ask for {said!r}")
+    return said
+
+
+def _from_file(file: Path, which: str, heads: int) -> Pretrained:
+    state, header = files.load(file), files.metadata(file)
+    if "jepa_fast" in header:
+        held = json.loads(header["jepa_fast"])
+        config = from_json(json.dumps(held["config"]), str(file))
+        said = _agreeing(held["encoder"], which, file)
+        encoder = encoder_of(config, {f"{said}_encoder.{k}": v for k, v in state.items()}, said, str(file))
+        return Pretrained(encoder, said, f"export {file}", held["step"], config)
+    if isinstance(state.get(OFFICIAL[which]), dict):
+        encoder, notes = vit.from_vit(state[OFFICIAL[which]], vit.Settings(heads), f"{file} ({OFFICIAL[which]})")
+        return Pretrained(encoder, which, f"official checkpoint {file}", _step(state), notes=notes)
+    weights = files.tensors(state)
+    if any(name.removeprefix("ijepa.").startswith("encoder.layer.") for name in weights):
+        weights = hf.from_hf(weights, str(file))
+    encoder, notes = vit.from_vit(weights, vit.Settings(heads), str(file))
+    return Pretrained(encoder, "unknown", f"ViT {file}", notes=notes)
+
+
+def _step(state: dict[str, Any]) -> int | None:
+    """Optimizer steps, as AdamW counts them in an official checkpoint."""
+    optimizer = state.get("opt")
+    moments = optimizer.get("state", {}) if isinstance(optimizer, dict) else {}
+    counts = [int(s["step"]) for s in moments.values() if isinstance(s, dict) and "step" in s]
+    return max(counts, default=None)
+
+
+def header(config: Config, which: str, step: int | None) -> dict[str, str]:
+    """What our own .safetensors says of itself."""
+    return {
+        "jepa_fast": json.dumps({"encoder": which, "step": step, "config": json.loads(to_json(config))}),
+        "format": "pt",
+    }
+
+
+def initial_weights(path: str, jepa: JEPA) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """(state dict for `jepa`, what to tell) of whatever `--init.from` names.
+
+    Our checkpoints bring all three parts. From an encoder alone both encoders start alike, and the predictor as initialised.
+    """
+    place = Path(path)
+    if (place / "checkpoints").is_dir() or (place / "meta.json").is_file() or not place.exists():
+        return checkpoint.weights_at(path), []
+    found = load_encoder(place, heads=vit.first_block(jepa.context_encoder).attn.heads)
+    own = {name: value for name, value in jepa.state_dict().items() if name.startswith("predictor.")}
+    for part in ("context_encoder", "target_encoder"):
+        own |= {f"{part}.{name}": value.clone() for name, value in found.encoder.state_dict().items()}
+    said = [f"both encoders start from the encoder of {found.origin}, the predictor from nothing", *found.notes]
+    theirs, ours = (
+        found.encoder.tokenizer.mean.flatten().tolist(),
+        jepa.context_encoder.tokenizer.mean.flatten().tolist(),
+    )
+    if theirs != ours:
+        said.append(f"it was trained on pixels of mean {theirs}, this run has --data.mean {ours}")
+    return own, said
