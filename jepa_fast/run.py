@@ -27,6 +27,7 @@ from jepa_fast.data.parts import changes
 from jepa_fast.data.sources import fixed_draw
 from jepa_fast.ema import TargetEMA
 from jepa_fast.errors import UsageError
+from jepa_fast.interop import initial_weights
 from jepa_fast.log import Progress, RunLog
 from jepa_fast.model.attention import choose_backend
 from jepa_fast.model.compile import compiles, num_graphs, warm_up
@@ -185,7 +186,9 @@ def _initial_weights(config: Config, world: World, choice: Choice, start: int) -
     weights = None
     with parallel.lead(world):
         if config.init.from_ and not start and (world.is_main or not choice.sharded):
-            where, weights = f"--init.from {config.init.from_}", checkpoint.weights_at(config.init.from_)
+            where, (weights, told) = f"--init.from {config.init.from_}", initial_weights(config.init.from_, config)
+            if world.is_main:
+                print("".join(f"--init.from: {line}\n" for line in told), end="")
             with torch.device("meta"):
                 own = JEPA(config).state_dict()
             checkpoint.check_fit(_shapes(weights), _shapes(own), where)

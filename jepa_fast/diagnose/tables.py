@@ -108,8 +108,8 @@ def _read_csv(text: str) -> Table:
             header = [name or f"column {i}" for i, name in enumerate(line, 1)]
         elif not header or len(line) != len(header):
             broken += 1
-        else:
-            rows.append({name: v for name, v in zip(header, values, strict=True) if v is not None})
+        elif row := {name: v for name, v in zip(header, values, strict=True) if v is not None}:
+            rows.append(row)
     columns = {name for row in rows for name in row}
     kind = next((kind for kind, its in WRITERS if its <= columns), "CSV")
     if kind == "CSV" and any(name.endswith("__MIN") for name in columns):
