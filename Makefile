@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN := .venv/bin/python
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
-.PHONY: demo demo-images test lint bench report clean
+.PHONY: demo demo-images test lint bench report docs clean
 
 demo: .venv/installed
 	$(RUN) -m jepa_fast.train
@@ -13,7 +13,7 @@ demo: .venv/installed
 demo-images: .venv/installed
 	$(RUN) -m jepa_fast.train textures
 
-test: .venv/installed-test
+test: .venv/installed-test .venv/real-libraries/installed
 	$(RUN) -m pytest
 
 lint: .venv/installed-dev
@@ -27,6 +27,9 @@ bench: .venv/installed-test
 
 report: .venv/installed
 	$(RUN) -m jepa_fast.report
+
+docs: .venv/installed-docs
+	$(RUN) -m mkdocs build --strict --quiet
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no python3 found; install CPython 3.11 or newer, or run make PYTHON=/path/to/python3"; exit 2; }
@@ -46,5 +49,16 @@ report: .venv/installed
 	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@ .venv/installed .venv/installed-test
 
+.venv/installed-docs: .venv/bin/python $(INPUTS)
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@ .venv/installed
+
+# torchvision's wheel asks for another torch: without dependencies, off the path, for the tests that hold us against them.
+.venv/real-libraries/installed: tests/real-libraries.txt .venv/bin/python
+	@mkdir -p $(@D)
+	$(RUN) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(@D) -r $< \
+	|| echo "warning: the libraries of $< could not be installed; the tests that need them are skipped"
+	@touch $@
+
 clean:
-	rm -rf .venv build *.egg-info *.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build site *.egg-info *.so .pytest_cache .mypy_cache .ruff_cache

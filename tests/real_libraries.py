@@ -1,58 +1,33 @@
-"""The real libraries, for tests of what we write for them and read of them; a test is skipped, with the reason, without one."""
+"""The real libraries, for tests of what we write for them and read of them. A test is skipped, with the reason, without one.
 
-import importlib.abc
-import importlib.machinery
+torchvision, timm, lightly and Lightning lie in .venv/real-libraries (tests/real-libraries.txt), off the usual path.
+"""
+
+import importlib.util
 import sys
-import types
+from functools import cache
+from pathlib import Path
 
 import pytest
+import torch
+
+FOLDER = Path(sys.prefix) / "real-libraries"
 
 
-class _Anything(type):
-    def __getattr__(cls, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Anything(name, (), {})
-
-
-class _StandIn(types.ModuleType):
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Anything(name, (), {})
-
-
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """A torchvision of names only. timm and lightly import it for image transforms, which no test here uses."""
-
-    def find_spec(self, name, path, target=None):
-        if name.split(".")[0] == "torchvision":
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+@cache
+def _library() -> torch.library.Library | None:
+    """Make the folder importable. torchvision's compiled half does not load beside another torch; its Python half, which
+    is all that is used here, asks only that these two operators be declared."""
+    if importlib.util.find_spec("torchvision") is not None or not FOLDER.is_dir():
         return None
-
-    def create_module(self, spec):
-        module = _StandIn(spec.name)
-        module.__path__ = []
-        return module
-
-    def exec_module(self, module):
-        pass
+    sys.path.append(str(FOLDER))
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
-def without_torchvision(name):
-    """Import `name` where torchvision's wheel does not fit the installed torch. Skips the test if `name` is not there."""
-    finder = _Finder()
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError, AttributeError):
-        sys.meta_path.insert(0, finder)
-    try:
-        return pytest.importorskip(name, reason=f"{name} is not installed")
-    finally:
-        if finder in sys.meta_path:
-            sys.meta_path.remove(finder)
-
-
-def transformers():
-    """Offline: nothing is asked of the hub."""
-    return pytest.importorskip("transformers", reason="transformers is not installed")
+def require(name: str):
+    """The module `name`, or the test is skipped."""
+    _library()
+    return pytest.importorskip(name, reason=f"{name} is not installed (tests/real-libraries.txt)", exc_type=ImportError)

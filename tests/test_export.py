@@ -26,7 +26,7 @@ def close(ours, theirs):
 
 @pytest.mark.parametrize("which", ["target", "context"])
 def test_transformers_loads_it_and_gives_the_same_features(tiny_image_run, tmp_path, pixels, which):
-    transformers = real_libraries.transformers()
+    transformers = real_libraries.require("transformers")
     folder = export(tiny_image_run[0], "hf", which, out=tmp_path / "hf")
     model, told = transformers.IJepaModel.from_pretrained(folder, output_loading_info=True)
     assert not any(told.values()), told
@@ -36,7 +36,7 @@ def test_transformers_loads_it_and_gives_the_same_features(tiny_image_run, tmp_p
 
 
 def test_transformers_preprocesses_as_our_evaluation_does(tiny_image_run, tmp_path):
-    transformers = real_libraries.transformers()
+    transformers = real_libraries.require("transformers")
     folder = export(tiny_image_run[0], "hf", out=tmp_path / "hf")
     said = json.loads((folder / "preprocessor_config.json").read_text())
     assert said["crop_size"] == {"height": 32, "width": 32} and said["size"] == {"shortest_edge": 37}
@@ -55,7 +55,7 @@ def test_transformers_preprocesses_as_our_evaluation_does(tiny_image_run, tmp_pa
 
 
 def test_timm_loads_it_strictly_and_gives_the_same_features(tiny_image_run, tmp_path, pixels):
-    timm = real_libraries.without_torchvision("timm")
+    timm = real_libraries.require("timm")
     folder = export(tiny_image_run[0], "timm", out=tmp_path / "timm")
     found = jepa_fast.load_encoder(tiny_image_run[0])
     by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -70,7 +70,7 @@ def test_timm_loads_it_strictly_and_gives_the_same_features(tiny_image_run, tmp_
 
 def test_a_real_timm_vit_is_imported_with_its_outputs(pixels, tmp_path):
     """LayerScale is folded in, learned positions are kept."""
-    timm = real_libraries.without_torchvision("timm")
+    timm = real_libraries.require("timm")
     torch.manual_seed(0)
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3}
     theirs = timm.create_model("vit_tiny_patch16_224", **shape, class_token=False, global_pool="avg", fc_norm=False,
@@ -88,7 +88,7 @@ def test_a_real_timm_vit_is_imported_with_its_outputs(pixels, tmp_path):
 
 
 def test_a_real_transformers_folder_is_imported_with_its_outputs(pixels, tmp_path):
-    transformers = real_libraries.transformers()
+    transformers = real_libraries.require("transformers")
     torch.manual_seed(0)
     config = transformers.IJepaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
                                       image_size=32, patch_size=8)  # fmt: skip

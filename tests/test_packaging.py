@@ -24,7 +24,9 @@ def test_every_package_is_installed():
 def test_everything_the_project_installs_is_pinned():
     pinned = names(line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = names(PROJECT["project"]["dependencies"]) | names(extras["test"]) | names(extras["dev"])
+    wanted = names(PROJECT["project"]["dependencies"]) | set().union(
+        *(names(extras[e]) for e in ("test", "dev", "docs", "interop"))
+    )
     assert wanted - {"jepa-fast"} <= pinned
 
 
