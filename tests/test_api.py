@@ -165,6 +165,8 @@ def test_a_checkpoint_for_another_patch_size_does_not_start_a_run(tiny_image_run
     save_file(weights, tmp_path / "vit.safetensors")
     data = jepa_fast.load_encoder(tiny_image_run[0]).config.data.path
     sizes = [
+        "--masks.min_keep",
+        "1",
         "--data.image_size",
         "32",
         "--model.patch",
