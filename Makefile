@@ -29,7 +29,7 @@ report: .venv/installed
 	$(RUN) -m jepa_fast.report
 
 docs: .venv/installed-docs
-	$(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no python3 found; install CPython 3.11 or newer, or run make PYTHON=/path/to/python3"; exit 2; }
