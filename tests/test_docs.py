@@ -26,6 +26,7 @@ def site(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow  # `make docs` in .ci/run builds them too
 def test_there_is_a_page_for_every_preset_with_its_docstring_and_its_numbers(site):
     for name, make in PRESETS.items():
         page = (site / "recipes" / name / "index.html").read_text()
@@ -33,6 +34,7 @@ def test_there_is_a_page_for_every_preset_with_its_docstring_and_its_numbers(sit
         assert f"<td>{make().train.batch_size}</td>" in page
 
 
+@pytest.mark.slow  # `make docs` in .ci/run builds them too
 def test_the_loss_curve_page_shows_what_the_detector_says_of_our_own_runs(site):
     page = (site / "reading-a-loss-curve" / "index.html").read_text()
     assert "<!-- run" not in page and page.count("The command:") == len(figures.RUNS)
