@@ -192,6 +192,14 @@ def test_any_table_will_do_with_a_loss_column(there, text):
     assert [r["loss"] for r in records] == pytest.approx([falling(i) for i in range(30)])
 
 
+def test_columns_that_bear_our_names_are_taken_as_ours(there):
+    (there / "log.csv").write_text("step,loss,probe/target,spread,lr\n0,1,0.5,2,1e-3\n10,0.5,,3,1e-3\n")
+    assert of("log.csv").records == [
+        {"step": 0, "loss": 1, "probe/target": 0.5, "spread": 2},
+        {"step": 10, "loss": 0.5, "spread": 3},
+    ]
+
+
 def test_printed_epoch_losses_of_issue_41_are_a_log_too(there):
     losses = (0.028, 0.005, 0.005, 0.006, 0.008, 0.012, 0.015)
     (there / "out.log").write_text(

@@ -25,6 +25,9 @@ STEPS = (
     "it",
     "epoch",
 )
+OURS = re.compile(
+    r"(discrepancy|drift|probe)/.+|(rankme|participation)(/context)?|spread|skill"
+)  # keys of docs/metrics.md
 MOST_RECORDS = 4000  # the detector's windows are tenths of a run: means over finer steps change nothing it sees
 
 
@@ -192,7 +195,6 @@ def _averaged(series: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _others(table: Table, choice: Choice, loss: str) -> list[tuple[str, str]]:
-    """(our key, column): those asked for; of our own log everything."""
-    if not table.kind.startswith("jepa-fast"):
-        return list(choice.others)
-    return [(column, column) for column in table.columns if column not in (loss, "step")] + list(choice.others)
+    """(our key, column): those asked for, those that bear our names, and of our own log everything."""
+    named = [c for c in table.columns if OURS.fullmatch(c) or table.kind.startswith("jepa-fast")]
+    return [(column, column) for column in named if column not in (loss, "step")] + list(choice.others)
