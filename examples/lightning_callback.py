@@ -19,8 +19,8 @@ from jepa_fast.monitor import CollapseMonitor
 
 
 class CollapseCallback(lightning.Callback):
-    """Watches a module that has `encoder` and `target_encoder`, and whose training_step returns a dict with `loss` and, if
-    it has them, `context`, `target`, `visible` and `hidden` (see CollapseMonitor.observe). Works under DDP: every rank calls.
+    """Watches a module that has `encoder` and `target_encoder`, and that leaves in `self.seen` what its training_step saw:
+    any of context, target, visible and hidden (see CollapseMonitor.observe). Works under DDP: every rank calls.
     """
 
     def __init__(self, folder: str, **settings: Any):
@@ -30,13 +30,14 @@ class CollapseCallback(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         pair = (module.encoder, module.target_encoder)
         self.monitor = CollapseMonitor(self.folder, pair, start=trainer.global_step or None, **self.settings)
+        self.last = -1
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_before_backward(self, trainer: lightning.Trainer, module: Any, loss: Tensor) -> None:
+        """Between the forward and the optimizer: weights, features and loss belong to the same step."""
         assert self.monitor is not None
-        seen = {name: outputs.get(name) for name in ("context", "target", "visible", "hidden")}
-        self.monitor.observe(outputs["loss"], **seen, step=trainer.global_step - 1)  # the step that was just made
+        if trainer.global_step != self.last:  # of accumulated batches the first
+            self.last = trainer.global_step
+            self.monitor.observe(loss * trainer.accumulate_grad_batches, **module.seen, step=self.last)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         if self.monitor:
@@ -50,15 +51,15 @@ class TinyJEPA(lightning.LightningModule):
         self.predictor = nn.Linear(WIDTH, GRID**2 * WIDTH)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 
-    def training_step(self, images: Tensor, _: int) -> dict[str, Tensor]:
+    def training_step(self, images: Tensor, _: int) -> Tensor:
         order = torch.rand(len(images), GRID**2, device=images.device).argsort(1)
         visible, hidden = order[:, :8], order[:, 8:]
         target = self.target_encoder(images)
         context = self.encoder(images, visible)
         predicted = self.predictor(context.mean(1)).view(len(images), GRID**2, WIDTH)
         loss = F.smooth_l1_loss(take(predicted, hidden), take(F.layer_norm(target, (WIDTH,)), hidden))
-        seen = {"context": context.detach(), "target": target, "visible": visible, "hidden": hidden}
-        return {"loss": loss, **seen}
+        self.seen = {"context": context, "target": target, "visible": visible, "hidden": hidden}
+        return loss
 
     def on_train_batch_end(self, *_: Any) -> None:
         with torch.no_grad():
