@@ -145,23 +145,22 @@ def header(config: Config, which: str, step: int | None) -> dict[str, str]:
     }
 
 
-def initial_weights(path: str, jepa: JEPA) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """(state dict for `jepa`, what to tell) of whatever `--init.from` names.
+def initial_weights(path: str, config: Config) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """(state dict of a JEPA of `config`, what to tell) of whatever `--init.from` names.
 
-    Our checkpoints bring all three parts. From an encoder alone both encoders start alike, and the predictor as initialised.
+    Our checkpoints bring all three parts. From an encoder alone both encoders start alike, and the predictor as the run
+    would have initialised it. Whether names and shapes fit is for the caller to check.
     """
     place = Path(path)
     if (place / "checkpoints").is_dir() or (place / "meta.json").is_file() or not place.exists():
         return checkpoint.weights_at(path), []
-    found = load_encoder(place, heads=vit.first_block(jepa.context_encoder).attn.heads)
-    own = {name: value for name, value in jepa.state_dict().items() if name.startswith("predictor.")}
+    found = load_encoder(place, heads=config.model.heads)
+    with torch.random.fork_rng(devices=[]):
+        own = {name: value for name, value in JEPA(config).state_dict().items() if name.startswith("predictor.")}
     for part in ("context_encoder", "target_encoder"):
         own |= {f"{part}.{name}": value.clone() for name, value in found.encoder.state_dict().items()}
     said = [f"both encoders start from the encoder of {found.origin}, the predictor from nothing", *found.notes]
-    theirs, ours = (
-        found.encoder.tokenizer.mean.flatten().tolist(),
-        jepa.context_encoder.tokenizer.mean.flatten().tolist(),
-    )
-    if theirs != ours:
-        said.append(f"it was trained on pixels of mean {theirs}, this run has --data.mean {ours}")
+    theirs = tuple(round(v, 4) for v in found.encoder.tokenizer.mean.flatten().tolist())
+    if theirs != tuple(round(v, 4) for v in config.data.mean):
+        said.append(f"it was trained on pixels of mean {theirs}, this run has --data.mean {config.data.mean}")
     return own, said
