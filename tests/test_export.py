@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import jepa_fast
 from jepa_fast.export import export, main
+from jepa_fast.interop import initial_weights, load_jepa
 from jepa_fast.interop.hf import from_hf, to_hf
 from jepa_fast.interop.vit import Settings, from_vit, timm_arguments, to_vit
 
@@ -123,6 +124,24 @@ def test_our_own_format_holds_either_kind_and_knows_which_encoder_it_is(request,
         jepa_fast.load_encoder(out / "model.safetensors", other)
 
 
+def test_the_official_format_holds_all_three_parts_and_starts_a_run(tiny_image_run, tmp_path, pixels, capsys):
+    run, _ = tiny_image_run
+    out = export(run, "official", out=tmp_path / "official")
+    held = torch.load(out / "jepa.pth.tar", weights_only=True)
+    assert all(name.startswith("module.") for part in ("encoder", "target_encoder", "predictor") for name in held[part])
+    for which in ("context", "target"):
+        ours, theirs = (jepa_fast.load_encoder(p, which, heads=4).encoder for p in (run, out / "jepa.pth.tar"))
+        with torch.no_grad():
+            assert torch.equal(ours(pixels), theirs(pixels))
+    assert "both encoders and the predictor" in (out / "README.md").read_text()
+
+    jepa, config, step = load_jepa(run)
+    weights, told = initial_weights(str(out / "jepa.pth.tar"), config)
+    assert step == 6 and "predictor start from the official" in told[0]
+    assert weights.keys() == jepa.state_dict().keys()
+    assert all(torch.equal(value, weights[name]) for name, value in jepa.state_dict().items())
+
+
 def test_target_and_context_differ_and_the_card_says_which_it_is(tiny_image_run, tmp_path):
     run, records = tiny_image_run
     cards, weights = {}, {}
@@ -176,7 +195,8 @@ def test_what_cannot_be_exported_is_one_line_and_nothing_is_written_over(tiny_ru
     assert "invalid choice: 'onnx'" in refused(capsys, run, "--format", "onnx")
     assert "no run folder" in refused(capsys, tmp_path, "--format", "hf")
     assert "it has 3, 6" in refused(capsys, run, "--format", "hf", "--step", 4, "--out", tmp_path / "x")
-    assert "encoder of series" in refused(capsys, series, "--format", "timm", "--out", tmp_path / "x")
+    for format in ("timm", "hf", "official"):
+        assert "encoder of series" in refused(capsys, series, "--format", format, "--out", tmp_path / "x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert "nothing was written over" in refused(capsys, run, "--format", "hf", "--out", tmp_path / "full")

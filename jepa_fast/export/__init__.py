@@ -62,8 +62,8 @@ def export(
     )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not empty; nothing was written over: give another --out")
-    write = {"timm": _write_timm, "hf": _write_hf, "official": _write_official, "safetensors": _write_own}[format]
-    contents = write(found)
+    write = {"timm": _write_timm, "hf": _write_hf, "safetensors": _write_own}
+    contents = write[format](found) if format in write else _write_official(run, step)
     beside = folder.with_name(f".{folder.name}.partial")
     try:
         beside.mkdir(parents=True, exist_ok=True)
@@ -120,8 +120,11 @@ def _write_own(found: interop.Pretrained) -> dict[str, Any]:
     return {"model.safetensors": lambda file: save_file(weights, file, about)}
 
 
-def _write_official(found: interop.Pretrained) -> dict[str, Any]:
-    raise UsageError("--format official is not there yet")
+def _write_official(run: Path, step: int | None) -> dict[str, Any]:
+    jepa, config, _ = interop.load_jepa(run, step)
+    if config.data.kind != "images":
+        raise UsageError("an encoder of series has no counterpart in facebookresearch/ijepa: use --format safetensors")
+    return {"jepa.pth.tar": lambda file: interop.save_official(jepa, file)}
 
 
 def _origin(found: interop.Pretrained) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ def load(file: Path) -> dict[str, Any]:
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{file} is damaged or no safetensors file ({str(error).splitlines()[0]})") from None
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():  # about pickle protocols: the one line below says what matters
+            warnings.simplefilter("ignore")
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         wants = re.search(r"GLOBAL ([\w.]+)", str(error))
         code = f" ({wants[1]})" if wants else ""

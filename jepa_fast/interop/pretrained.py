@@ -10,7 +10,7 @@ import torch
 from jepa_fast import checkpoint
 from jepa_fast.config import Config, from_json, to_json
 from jepa_fast.errors import UsageError
-from jepa_fast.interop import files, hf, vit
+from jepa_fast.interop import files, hf, official, vit
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.model.vit import Encoder
 
@@ -51,7 +51,23 @@ def load_encoder(path: str | Path, which: Which = "target", step: int | None = N
     return _from_file(path, which, heads)
 
 
+def load_jepa(path: str | Path, step: int | None = None) -> tuple[JEPA, Config, int]:
+    """(both encoders and predictor, configuration, optimizer steps) of one of our runs, or of its checkpoint. Raises UsageError."""
+    config, state, _ = _open_run(Path(path), step)
+    jepa = JEPA(config)
+    vit.check(jepa, state["model"], str(path))
+    jepa.load_state_dict(state["model"])
+    return jepa.eval().requires_grad_(False), config, state["step"]
+
+
 def _from_run(path: Path, which: str, step: int | None) -> Pretrained:
+    config, state, run = _open_run(path, step)
+    encoder = encoder_of(config, state["model"], which, str(path))
+    return Pretrained(encoder, which, f"run {run}", state.get("step"), config)
+
+
+def _open_run(path: Path, step: int | None) -> tuple[Config, dict[str, Any], Path]:
+    """(configuration, state of a checkpoint, run folder)."""
     if (path / "meta.json").is_file():
         run, state = path.parent.parent, checkpoint.load(path)
     else:
@@ -62,11 +78,9 @@ def _from_run(path: Path, which: str, step: int | None) -> Pretrained:
             raise UsageError(f"{path} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}")
         state = checkpoint.load(path / "checkpoints" / f"step-{found[-1] if step is None else step}")
     try:
-        config = from_json((run / "config.json").read_text(), str(run / "config.json"))
+        return from_json((run / "config.json").read_text(), str(run / "config.json")), state, run
     except OSError:
         raise UsageError(f"{run} has no config.json beside its checkpoints; give the run folder") from None
-    encoder = encoder_of(config, state["model"], which, str(path))
-    return Pretrained(encoder, which, f"run {run}", state.get("step"), config)
 
 
 def encoder_of(config: Config, weights: dict[str, Any], which: str, where: str) -> Encoder:
@@ -145,15 +159,23 @@ def header(config: Config, which: str, step: int | None) -> dict[str, str]:
     }
 
 
+def _is_official(state: dict[str, Any]) -> bool:
+    return all(isinstance(state.get(name), dict) for name in official.PARTS.values())
+
+
 def initial_weights(path: str, config: Config) -> tuple[dict[str, torch.Tensor], list[str]]:
     """(state dict of a JEPA of `config`, what to tell) of whatever `--init.from` names.
 
-    Our checkpoints bring all three parts. From an encoder alone both encoders start alike, and the predictor as the run
-    would have initialised it. Whether names and shapes fit is for the caller to check.
+    Our checkpoints and official ones bring all three parts. From an encoder alone both encoders start alike, and the
+    predictor as the run would have initialised it. Whether names and shapes fit is for the caller to check.
     """
     place = Path(path)
     if (place / "checkpoints").is_dir() or (place / "meta.json").is_file() or not place.exists():
         return checkpoint.weights_at(path), []
+    if place.is_file() and _is_official(files.load(place)):
+        heads, few = config.model.heads, config.model.predictor_heads or config.model.heads
+        whole = official.load_official(place, heads=heads, predictor_heads=few)
+        return whole.state_dict(), [f"both encoders and the predictor start from the official checkpoint {place}"]
     found = load_encoder(place, heads=config.model.heads)
     with torch.random.fork_rng(devices=[]):
         own = {name: value for name, value in JEPA(config).state_dict().items() if name.startswith("predictor.")}

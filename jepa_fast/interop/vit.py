@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jepa_fast.config import IMAGENET_MEAN, IMAGENET_STD
 from jepa_fast.errors import UsageError
+from jepa_fast.model.predictor import Predictor
 from jepa_fast.model.tokens import Tokenizer, sincos_table
 from jepa_fast.model.vit import Block, Encoder
 
@@ -134,8 +135,9 @@ def _renamed(weights: Weights) -> Weights:
     return own
 
 
-def check(encoder: Encoder, own: Weights, where: str) -> None:
-    wanted = encoder.state_dict()
+def check(module: nn.Module, own: Weights, where: str) -> None:
+    """Raises UsageError unless `own` has the module's names and shapes, and finite values."""
+    wanted = module.state_dict()
     missing, unknown = sorted(wanted.keys() - own.keys()), sorted(own.keys() - wanted.keys())
     if missing or unknown:
         raise UsageError(f"{where} is another architecture: it has {'no ' + missing[0] if missing else unknown[0]}")
@@ -157,8 +159,8 @@ def timm_arguments(encoder: Encoder) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def first_block(encoder: Encoder) -> Block:
-    """All blocks of an encoder are shaped alike; this one says how."""
-    block = encoder.blocks[0]
+def first_block(module: Encoder | Predictor) -> Block:
+    """All blocks of a module are shaped alike; this one says how."""
+    block = module.blocks[0]
     assert isinstance(block, Block)
     return block
