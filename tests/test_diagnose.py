@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from jepa_fast import checkpoint
 from jepa_fast.diagnose import main
 from jepa_fast.diagnose.curves import Choice, curve
 from jepa_fast.diagnose.tables import read
@@ -259,7 +260,7 @@ def test_checkpoints_give_the_distance_of_the_encoders_layer_by_layer(there, cap
 def test_the_drift_of_our_own_checkpoints_is_the_drift_the_run_logged(tiny_run):
     run, records = tiny_run
     for step in (3, 6):
-        state = torch.load(run / "checkpoints" / f"step-{step}" / "state.pt", weights_only=True)
+        state = checkpoint.load(run / "checkpoints" / f"step-{step}")
         measured = drift(*encoders(state, run), "run")
         logged = {k: v for k, v in next(r for r in records if r["step"] == step).items() if k in measured}
         assert logged == pytest.approx(measured, rel=1e-4)

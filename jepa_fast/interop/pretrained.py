@@ -77,10 +77,7 @@ def _open_run(path: Path, step: int | None) -> tuple[Config, dict[str, Any], Pat
         if step is not None and step not in found:
             raise UsageError(f"{path} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}")
         state = checkpoint.load(path / "checkpoints" / f"step-{found[-1] if step is None else step}")
-    try:
-        return from_json((run / "config.json").read_text(), str(run / "config.json")), state, run
-    except OSError:
-        raise UsageError(f"{run} has no config.json beside its checkpoints; give the run folder") from None
+    return from_json(state["config"], f"the configuration in {path}"), state, run
 
 
 def encoder_of(config: Config, weights: dict[str, Any], which: str, where: str) -> Encoder:
