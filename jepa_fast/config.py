@@ -258,7 +258,7 @@ class Profile:
 @dataclass(frozen=True)
 class Init:
     from_: str = ""
-    """Checkpoint folder or run folder whose weights training starts from (`--init.from`)."""
+    """Whose weights training starts from (`--init.from`): a run or a checkpoint of one, an official, timm or transformers one."""
 
 
 @dataclass(frozen=True)
