@@ -14,7 +14,9 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts 
 
 
 def test_operations_are_those_the_model_performs():
-    """An encoder on whole images, forward and backward; torch counts the patch embedding too, which is small."""
+    """An encoder on whole images, forward and backward. torch counts the small patch embedding too; the prediction has
+    flash attention compute its scores again in the backward.
+    """
     step = OneStep("textures", 8, torch.device("cpu"))
     m, inputs = step.config.model, step.images(8)
     with FlopCounterMode(display=False) as counter:
@@ -22,7 +24,7 @@ def test_operations_are_those_the_model_performs():
     ops = work.block_ops([step.config.num_tokens] * 8, m.width, 4 * m.width)
     forward = m.depth * sum(op.flops for op in ops)
     backward = m.depth * sum(op.flops for op in work.backward(ops))
-    assert 0.95 < (forward + backward) / counter.get_total_flops() <= 1.0
+    assert 0.95 < (forward + backward) / counter.get_total_flops() < 1.06
 
 
 def test_token_counts_are_those_of_the_masks_drawn():
