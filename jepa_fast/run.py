@@ -72,6 +72,10 @@ class Run:
         seldom = examination is not None and examination.due(step)
         return step % self.config.log.every == 0 or seldom or step == self.steps
 
+    def health(self) -> dict[str, float]:
+        """What a record says of the machine and the data since the last. All processes call it."""
+        return self.clock.report() | self.loader.health.record()
+
     def saves(self, step: int) -> bool:
         every = self.config.checkpoint.every
         return (every > 0 and step % every == 0) or step == self.steps
@@ -127,7 +131,6 @@ def set_up(config: Config, resume: str, world: World, stop: survive.Preemption) 
     monitor = CollapseMonitor(
         folder, ema.fused, loss=jepa.loss, target_norm=jepa.target_norm, every=config.log.every,
         spectral_every=config.monitor.spectral_every, examination=examination, start=start, say=progress.say,
-        more=loader.health.record,
     )  # fmt: skip
     if state is not None:
         _restore_share(state, monitor, world)

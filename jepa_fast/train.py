@@ -46,7 +46,7 @@ def train(run: Run) -> None:
         output, masks = joined(seen)
         record = run.monitor.observe(
             loss, output.context, output.target, masks.context_rows, masks.target_rows,
-            hidden_weight=masks.target_weight, step=step, wait=batch.wait, last=last, more=clock.report,
+            hidden_weight=masks.target_weight, step=step, wait=batch.wait, last=last, more=run.health,
             num_inputs=len(batch.inputs),
         )  # fmt: skip
         if record:

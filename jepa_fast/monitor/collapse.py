@@ -40,7 +40,7 @@ class CollapseMonitor:
     drift; 0: as the examination.
     examination: what is measured on a fixed set (probes, spectra, mismatches), on a period of its own.
     start: None for a new log; on resume the number of the next step, and what was logged from there on is dropped.
-    say: told of every event, once; None: silence. more: gives further entries of every record.
+    say: told of every event, once; None: silence.
 
     On several processes call it on all: values are averaged over them, the first writes. Everything stays on the
     device except on the steps of a record. Raises FileExistsError if the folder has a log and `start` is None.
@@ -58,7 +58,6 @@ class CollapseMonitor:
         examination: Examination | None = None,
         start: int | None = None,
         say: Callable[[str], None] | None = print,
-        more: Callable[[], dict[str, float]] | None = None,
     ):
         if every < 1:
             raise ValueError(f"every is {every}; give a number of steps of at least 1")
@@ -74,7 +73,7 @@ class CollapseMonitor:
         self.step = start or 0  # of the next observation
         self.interval = Interval()
         self.bad_in_a_row = 0  # steps up to the last record that changed nothing
-        self._say, self._more = say, more
+        self._say = say
         self._num_records = 0
         self._examined: tuple[int, dict[str, float]] | None = None
 
@@ -201,8 +200,7 @@ class CollapseMonitor:
         values = parallel.average(self.interval.sums() | signals, self.world)
         highest = values.pop("highest")
         bad, self.bad_in_a_row = round(values.pop("bad")), round(values.pop("bad_in_a_row"))
-        times = self.interval.times(self.world.size) | (self._more() if self._more else {})
-        record = {"step": self.step, **values, **drift, **examined, **times}
+        record = {"step": self.step, **values, **drift, **examined, **self.interval.times(self.world.size)}
         self.interval.begin()
         self._num_records += 1
         if self.log:
