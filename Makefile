@@ -14,7 +14,7 @@ demo-images: .venv/installed
 	$(RUN) -m jepa_fast.train textures
 
 test: .venv/installed-test .venv/real-libraries/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/installed-dev
 	$(RUN) -m ruff check .

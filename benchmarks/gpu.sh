@@ -19,7 +19,7 @@ set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && echo "$ROOT/.venv/bin/python" || echo python3)}
 # What a machine with torch, numpy, pillow, matplotlib, scikit-learn, pybind11, pytest and hypothesis still lacks.
-WHEELS="webdataset braceexpand tyro docstring_parser typeguard simplejpeg"
+WHEELS="webdataset braceexpand tyro docstring_parser typeguard simplejpeg safetensors"
 ALL="build tests ema step monitor attention data checkpoint train profile"
 
 die() { echo "error: $*" >&2; exit 2; }
@@ -64,7 +64,7 @@ if [ -n "$wheels" ]; then
         || die "the wheels in $wheels do not install here; --fetch-wheels DIR VERSION fetches those of another Python"
 fi
 missing=$("$PYTHON" -c 'import importlib.util as u, sys
-for n in "torch numpy webdataset tyro PIL simplejpeg matplotlib sklearn pytest hypothesis".split() + sys.argv[1:]:
+for n in "torch numpy webdataset tyro PIL simplejpeg safetensors matplotlib sklearn pytest hypothesis".split() + sys.argv[1:]:
     if u.find_spec(n) is None: print(n, end=" ")' $([ -n "$dry" ] || echo pybind11 triton))
 [ -z "$missing" ] || die "$PYTHON lacks: $missing; with a network: make test, or --fetch-wheels DIR there and --wheels DIR here"
 

@@ -26,13 +26,12 @@ import torch
 
 from benchmarks import machine
 from jepa_fast import checkpoint, report, train
-from jepa_fast.log import read
+from jepa_fast.log import read, repeatable
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kill_campaign.jsonl"
 RUN = ["demo", "--log.every", "5", "--monitor.every", "250", "--monitor.probe_train", "50", "--monitor.probe_test", "50",
        "--checkpoint.every", "10", "--data.workers", "1", "--train.batch_size", "8", "--model.width", "32",
        "--model.predictor_width", "32", "--parallel.threads", "1"]  # fmt: skip
-MEASURED = ("time/", "memory/", "images_per_s", "tokens_per_s", "flops_per_s", "mfu/", "recompiles")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,7 +82,7 @@ def campaign(kills: int, steps: int, longest: float, processes: int, mode: str, 
 
 
 def _records(run: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if not k.startswith(MEASURED)} for r in read(run / "metrics.jsonl")]
+    return repeatable(read(run / "metrics.jsonl"))
 
 
 def _same(folder: Path) -> bool:

@@ -5,7 +5,6 @@ Names no host, user or path.
 """
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import sys
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fused_ema import available_backends, ema_update_
-from jepa_fast import __version__, cli
+from jepa_fast import __version__, cli, cores
 from jepa_fast.config import Masks
 from jepa_fast.data import masks
 from jepa_fast.data.packing import plan
@@ -67,10 +66,9 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "jepa-fast", __version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", f"{torch.__version__}, built for CUDA {torch.version.cuda or 'none'}"
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield (
         "cpu",
-        f"{_cpu()}, {usable} cores usable, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        f"{_cpu()}, {cores.usable()} cores usable, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
     )
     yield "memory", _memory()
     if not torch.cuda.is_available():

@@ -12,6 +12,13 @@ from typing import Any
 
 from jepa_fast.errors import UsageError
 
+MACHINE = ("time/", "data/", "memory/", "images_per_s", "tokens_per_s", "flops_per_s", "mfu/", "recompiles")
+
+
+def repeatable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records without what measures the machine: what is left repeats bit for bit."""
+    return [{key: value for key, value in record.items() if not key.startswith(MACHINE)} for record in records]
+
 
 class RunLog:
     """Appends records and events to a run folder. On resume, what lies after the checkpoint is cut off.

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from jepa_fast import checkpoint, cli, log, rundir
+from jepa_fast import checkpoint, cli, cores, log, rundir
 from jepa_fast.errors import UsageError, one_line_errors
 from jepa_fast.report import compare, paper
 
@@ -82,16 +82,11 @@ def parse(argv: list[str]) -> Plan:
     folder = Path(options["--dir"] or f"sweeps/{preset}-{'-'.join(axes)}")
     if options["--jobs"] and not (options["--jobs"].isdigit() and int(options["--jobs"])):
         raise UsageError(f"--jobs {options['--jobs']}: give a number of processes of at least 1")
-    jobs = int(options["--jobs"] or min(2, _cores()))
+    jobs = int(options["--jobs"] or min(2, cores.usable()))
     plan = Plan(preset, axes, fixed, folder, jobs, dry)
     for arguments in plan.runs().values():
         cli.parse([preset, *fixed, *arguments])
     return plan
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _values(name: str, text: str) -> list[str]:
@@ -105,7 +100,7 @@ def execute(plan: Plan) -> dict[str, str]:
     """Run what is not complete, `jobs` at a time. Returns {name: why it failed} of those that did."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     _claim(plan)
-    threads = max(1, _cores() // plan.jobs)
+    threads = max(1, cores.usable() // plan.jobs)
     began, runs = time.monotonic(), plan.runs()
     failed: dict[str, str] = {}
 

@@ -1,4 +1,8 @@
-"""Every test has its own cache of generated data and its own working folder's worth of nothing to clean up."""
+"""Every test has its own cache of generated data and its own working folder's worth of nothing to clean up.
+
+Where tests run side by side, every worker keeps to a core of its own, and so do the processes it starts: a hundred
+threads of ten programs would wait for one another.
+"""
 
 import json
 import os
@@ -8,13 +12,22 @@ import pytest
 import torch
 from PIL import Image
 
+from jepa_fast import cores
+
+
+def pytest_configure(config):
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        mine = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {mine[int(worker.removeprefix("gw")) % len(mine)]})
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_session(tmp_path_factory):
     """Generated sets are written once a test run, and never into the user's cache."""
     before = os.environ.get("JEPA_FAST_CACHE")
     os.environ["JEPA_FAST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(min(2, cores.usable()))
     yield
     if before is None:
         del os.environ["JEPA_FAST_CACHE"]

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The path of the data. A module may import those of its own line and of the lines above it.
 STAGES = [
-    {"errors", "__version__"},
+    {"errors", "cores", "__version__"},
     {"config"},
     {"presets", "schedules", "log", "checkpoint"},
     {"data"},

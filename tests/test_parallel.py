@@ -13,7 +13,7 @@ from jepa_fast import checkpoint, optim, parallel, report, train
 from jepa_fast.config import replace
 from jepa_fast.data import packing
 from jepa_fast.data.masks import sample_masks
-from jepa_fast.log import read
+from jepa_fast.log import read, repeatable
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.parallel import memory, wrap
 from jepa_fast.presets import preset
@@ -278,6 +278,4 @@ def agree(a, b, tolerance=2e-4):
 
 
 def metrics(run_dir):
-    """Records without what measures time and memory."""
-    measured = ("time/", "memory/", "images_per_s", "tokens_per_s", "flops_per_s", "mfu/")
-    return [{k: v for k, v in r.items() if not k.startswith(measured)} for r in read(Path(run_dir) / "metrics.jsonl")]
+    return repeatable(read(Path(run_dir) / "metrics.jsonl"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jepa_fast import checkpoint, run, train
-from jepa_fast.log import read
+from jepa_fast.log import read, repeatable
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--train.steps", "12", "--log.every", "2", "--monitor.every", "6", "--monitor.probe_train", "60",
@@ -31,9 +31,7 @@ def go(*args):
 
 
 def metrics(run_dir):
-    """Records without what measures time."""
-    timed = ("time/", "data/", "memory/", "images_per_s", "tokens_per_s", "flops_per_s", "mfu/")
-    return [{k: v for k, v in r.items() if not k.startswith(timed)} for r in read(Path(run_dir) / "metrics.jsonl")]
+    return repeatable(read(Path(run_dir) / "metrics.jsonl"))
 
 
 def weights(run_dir):

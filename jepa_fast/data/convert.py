@@ -4,7 +4,6 @@ Which samples a shard holds, and so its bytes, follow from the material and the 
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa_fast import cores
 from jepa_fast.data.materials import Material
 from jepa_fast.data.order import shuffled
 from jepa_fast.data.shards import BadSample
@@ -49,7 +49,7 @@ def convert(material: Material, folder: Path, options: Options, progress: Callab
     lengths: dict[str, dict[str, int]] = {split: {} for split in material.splits}
     result, written = Result(lengths), 0
     todo = [task for task in tasks if task.filename not in known]
-    with ThreadPoolExecutor(options.workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(options.workers or cores.usable()) as pool:
         for done, (task, entry) in enumerate(
             zip(todo, pool.map(lambda t: _write(t, material, folder), todo), strict=True), start=1
         ):

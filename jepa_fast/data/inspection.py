@@ -1,13 +1,13 @@
 """Looking at shards: whether every sample can be read, and what they hold."""
 
 import io
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from jepa_fast import cores
 from jepa_fast.data import finding, images
 from jepa_fast.data.index import NO_LABEL
 from jepa_fast.data.shards import BadSample, Shards
@@ -40,7 +40,7 @@ def verify(held: Shards, workers: int, progress: Callable[[int, int], None]) -> 
         yield Trouble(where, "the key occurs before in this shard", False)
     labels = held.labels
     starts = range(0, len(held), AT_A_TIME)
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or cores.usable()) as pool:
         for start, found in zip(starts, pool.map(lambda s: _verify_some(held, labels, s), starts), strict=True):
             yield from found
             progress(min(start + AT_A_TIME, len(held)), len(held))

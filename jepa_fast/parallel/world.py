@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from jepa_fast import cores
 from jepa_fast.config import Config
 from jepa_fast.errors import UsageError
 
@@ -48,7 +49,7 @@ def join(config: Config) -> World:
     if cuda:
         torch.cuda.set_device(local)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    torch.set_num_threads(config.parallel.threads or max(1, (os.cpu_count() or 1) // local_size))
+    torch.set_num_threads(config.parallel.threads or max(1, cores.usable() // local_size))
     if config.train.deterministic:
         _be_deterministic()
     if size == 1 and config.parallel.mode in ("auto", "single"):
