@@ -225,7 +225,12 @@ HEADER = """# How far the label-free events can be trusted
 
 Written by `python benchmarks/calibrate_phase.py --write`; the runs are in phase_runs.jsonl, made by phase_grid.py, logged
 every {every} steps with probes every 100. {tuning} runs are the tuning half, on which middles and weights were set by hand;
-{untouched} runs, of other seeds and (but for the demo's set) other generators, were not looked at for that.
+{untouched} runs, of other seeds and (but for the demo's set) other generators, took no part in that.
+
+**The label-free suspicions barely tell runs with a dip from runs without one on the untouched half.** Nor is that half
+pristine: raw rows of four of its runs had been seen while the detector was designed, the list of runs was changed five
+times as the grid ran, and two generators were redesigned when their untrained probe came out at chance. It is spent: the
+next calibration needs fresh seeds and generators, and more runs that recover (here one).
 
 Truth is the probe rule: the mean of both encoders' probes 0.026 below the untrained encoder's in two records in a row, and
 later above it by as much. The detector sees the records without probes. *Lead* is how many steps before the probe rule could

@@ -8,11 +8,12 @@ import sys
 import torch
 
 from jepa_fast import cli, optim, parallel, schedules, survive
+from jepa_fast.assemble import set_up
 from jepa_fast.errors import one_line_errors
 from jepa_fast.flops import step_flops
 from jepa_fast.perturb import perturb
 from jepa_fast.profiling import profiled
-from jepa_fast.run import Part, Run, close, joined, save, set_up, show, stop_here, watched
+from jepa_fast.run import Part, Run, close, joined, save, show, stop_here, watched
 
 
 def train(run: Run) -> None:

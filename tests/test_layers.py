@@ -20,6 +20,7 @@ STAGES = [
     {"cli", "report"},
     {"api"},
     {"run"},
+    {"assemble"},
     {"train", "theorem", "probe", "sweep", "shards", "diagnose", "export", "doctor"},
     {"__main__"},
 ]

@@ -10,6 +10,7 @@ import torch
 
 from jepa_fast import checkpoint, run, train
 from jepa_fast.log import read, repeatable
+from jepa_fast.model.jepa import JEPA
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--train.steps", "12", "--log.every", "2", "--monitor.every", "6", "--monitor.probe_train", "60",
@@ -262,14 +263,14 @@ def test_a_refusal_is_one_line_and_nothing_is_written_over(args, says, tmp_path,
 
 def test_a_run_that_diverges_ends_with_its_last_finite_weights(capsys, monkeypatch):
     poison = {"after": 5}
-    real = run.JEPA.forward
+    real = JEPA.forward
 
     def forward(self, inputs, plan):
         output = real(self, inputs, plan)
         poison["after"] -= 1
         return output if poison["after"] >= 0 else output._replace(loss=output.loss * float("nan"))
 
-    monkeypatch.setattr(run.JEPA, "forward", forward)
+    monkeypatch.setattr(JEPA, "forward", forward)
     assert go("--train.max_bad_steps", "4", "--run.dir", "x") == 2
     err = capsys.readouterr().err
     assert (
