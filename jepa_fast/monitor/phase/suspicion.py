@@ -162,6 +162,6 @@ def _event(kind: str, step: int, called_at: int, belief: float, votes: list[Vote
     ordered = sorted(votes, key=lambda vote: -vote.weighted)
     evidence = [vote.says() for vote in ordered if vote.share > 0.1]
     evidence += [f"but {vote.says()}" for vote in reversed(ordered) if vote.share < -0.1]
-    evidence.append("no probe: what the features are worth is not known")
+    evidence.append("no probe was looked at for this")
     sure = 1 / (1 + math.exp(CAUTION[kind] - belief))
     return Event(kind, step, called_at, round(sure, 3), tuple(evidence))
