@@ -165,6 +165,9 @@ def _first_message(printed: str) -> str:
     _, message, *further = [" ".join(part.split()) for part in re.split(r"-{9,}", text)] + ["", ""]
     wants = re.match(r"Argument helptext: (--\S+(?: [A-Z\[\]|.]+(?![a-z]))+)", next(iter(further), ""))
     said = re.sub(r"(--[\w.-]+)", lambda name: name[0][:2] + name[0][2:].replace("-", "_"), message)
+    said = said.replace(
+        "Unrecognized options:", "the preset comes first, options are --section.field VALUE; not known:"
+    )
     return said.removeprefix("Error parsing ") + (f"; give {wants[1]}" if wants else "") or "it cannot be read"
 
 

@@ -312,10 +312,13 @@ def _require(ok: bool, name: str, value: Any, mend: str) -> None:
 
 
 def _check_ranges(c: Config) -> None:
+    infinite: list[tuple[str, Any]] = [
+        (name, value) for name, value in flatten(c).items() if isinstance(value, float) and not math.isfinite(value)
+    ]
+    _require(not infinite, *(infinite or [("", "")])[0], "give a finite number")
     for name, low, high in (
         ("ema.decay", 0, 1),
         ("ema.final_decay", 0, 1),
-        ("masks.ratio", 0, 1),
         ("data.max_bad_share", 0, 1),
     ):
         value = get(c, name)
@@ -371,10 +374,6 @@ def _check_ranges(c: Config) -> None:
         c.train.steps,
         "give --train.steps or --train.epochs above 0",
     )
-    infinite: list[tuple[str, Any]] = [
-        (name, value) for name, value in flatten(c).items() if isinstance(value, float) and not math.isfinite(value)
-    ]
-    _require(not infinite, *(infinite or [("", "")])[0], "give a finite number")
 
 
 def _check_weights(c: Config) -> None:

@@ -4,6 +4,7 @@ import argparse
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import NoReturn
@@ -44,7 +45,7 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except UsageError as error:
             if os.environ.get("JEPA_FAST_DEBUG") == "1":
-                raise
+                traceback.print_exc()
             print(f"error: {error}", file=sys.stderr)
             return 2
 

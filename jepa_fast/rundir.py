@@ -55,12 +55,12 @@ def find_start(config: Config, folder: Path, resume: str) -> int:
     if saved is not None:
         _refuse_other(saved, config, folder)
     if saved is not None and not resume:
-        raise UsageError(f"{folder} already holds this run: --resume to continue it, or another --run.dir")
+        raise UsageError(f"{folder} already holds a run: --resume auto to go on with it, or another --run.dir")
     if saved is None and folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {LOCK}):
         raise UsageError(f"{folder} exists, is not empty and holds no run: give another --run.dir")
     step = checkpoint.newest(folder, fall_back=resume == "auto") if resume else None
     if resume == "must" and step is None:
-        raise UsageError(f"--resume: no checkpoint in {folder}; leave out --resume to start, or use --resume auto")
+        raise UsageError(f"--resume: no checkpoint in {folder}; --resume auto starts from the beginning")
     return step or 0
 
 

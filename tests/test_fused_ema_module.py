@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import fused_ema
 from fused_ema import FusedEMA, available_backends, multi_avg_fn, warmup
@@ -383,3 +384,57 @@ def test_update_makes_no_host_synchronisation():
         ema.update(gate=torch.ones((), dtype=torch.bool, device="cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_mirror_holds_the_average_from_the_start_and_after_loading():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    mirror = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    ema = FusedEMA(model, decay=0.5, mirror=mirror)
+    assert torch.equal(mirror[0].weight, ema.module[0].weight.bfloat16())
+    model(torch.randn(8, 4))
+    state = copy.deepcopy(ema.state_dict())
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    ema.update()
+    assert torch.equal(mirror[1].running_mean, model[1].running_mean.bfloat16())
+    ema.load_state_dict(state)
+    assert torch.equal(mirror[0].weight, ema.module[0].weight.bfloat16())
+
+
+def test_tied_empty_tensors_are_one_pair():
+    model, target = (nn.ModuleList([nn.Linear(0, 3, bias=False), nn.Linear(0, 3, bias=False)]) for _ in range(2))
+    for pair in (model, target):
+        pair[1].weight = pair[0].weight
+    assert FusedEMA(model, target=target).names == ["0.weight"]
+
+
+def test_a_default_device_or_dtype_of_the_process_changes_nothing():
+    model = nn.Linear(4, 4)
+    ema = FusedEMA(model, decay=0.5)
+    with torch.no_grad():
+        model.weight.add_(1)
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        ema.update()
+        assert ema.distances()["weight"] == pytest.approx(2.0) and ema.spectral_distances()["weight"] > 0
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+def test_multi_avg_fn_takes_a_schedule_and_integer_buffers():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    seen = []
+
+    def decay(num_averaged):
+        seen.append(num_averaged)
+        return 0.5
+
+    averaged = AveragedModel(model, multi_avg_fn=multi_avg_fn(decay), use_buffers=True)
+    for _ in range(3):
+        model(torch.randn(8, 4))
+        averaged.update_parameters(model)
+    assert sorted(set(seen)) == [1, 2] and averaged.module[1].num_batches_tracked > 0

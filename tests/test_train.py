@@ -239,7 +239,7 @@ def test_init_from_takes_the_weights_and_nothing_else():
 
 
 @pytest.mark.parametrize(("args", "says"), [
-    (["--run.dir", "x"], "x already holds this run: --resume"),
+    (["--run.dir", "x"], "x already holds a run: --resume"),
     (["--run.dir", "x", "--train.seed", "9"], "x holds another configuration: train.seed is 0 there and 9 here; only train.steps, train.epochs, log.*"),
     (["--run.dir", "x", "--resume", "--model.depth", "3"], "model.depth is 2 there and 3 here"),
     (["--run.dir", "y", "--resume"], "--resume: no run in y"),

@@ -74,7 +74,12 @@ def _labels(held: list[Shards]) -> list[np.ndarray | None]:
 
 
 def _notes(held: list[Shards], labels: list[np.ndarray | None]) -> list[str]:
-    notes = []
+    notes = [
+        f"shard {file.name} {index.damage}; whatever came after is missing and not counted: copy it again"
+        for part in held
+        for file, index in zip(part.files, part.indexes, strict=True)
+        if index.damage
+    ]
     for part, classes in zip(held, labels, strict=True):
         bare = [] if classes is None else np.flatnonzero(classes == NO_LABEL).tolist()
         if bare:

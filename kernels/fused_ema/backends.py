@@ -114,7 +114,7 @@ class _CppPlan:
         self._plan, self._num_layers = module.Plan(rows, num_layers), num_layers
 
     def run(self, targets, sources, copies, weight, gate, measure) -> Tensor:
-        stats = torch.empty(3, self._num_layers, dtype=torch.float64)
+        stats = torch.empty(3, self._num_layers, dtype=torch.float64, device="cpu")
         address = stats.data_ptr() if measure else 0
         self._plan.run(weight.item(), gate is None or bool(gate), address, torch.get_num_threads())
         return stats

@@ -30,7 +30,8 @@ class FusedEMA:
     target encoder of JEPA, BYOL's or DINO's teacher); None makes a frozen copy, parameters in float32. Under FSDP2
     shard the target as the model and pass it.
     buffers: `copy` (BatchNorm statistics and the like as they are), `ema` (floating ones averaged too) or `ignore`.
-    mirror: a module of the same names that receives the average, rounded to its own dtype, in the same pass.
+    mirror: a module of the same names that holds the average too, rounded to its own dtype: filled at once, then written in
+    the same pass.
     device: where a copy is kept; "cpu" holds it in (pinned) host memory and stages the weights over.
     Tied parameters are updated once. Raises ValueError where names, shapes or shards do not pair up.
     """
@@ -64,9 +65,19 @@ class FusedEMA:
             self._mirror = pair_slots("parameter", parameter_slots(self.module), parameter_slots(mirror))
             if [p.name for p in self._mirror] != self.names:
                 raise ValueError("the mirror's parameters are tied otherwise than the averaged module's")
+        self._mirrored_buffers: list[Pair] = []
+        if mirror is not None and buffers != "ignore":
+            self._mirrored_buffers = pair_slots("buffer", buffer_slots(self.module), buffer_slots(mirror))
         self._fsdp = fsdp_modules(model, self.module, *([mirror] if mirror is not None else []))
         self._staging = Staging()
         self.spectral = SpectralDrift()
+        self._fill_mirror(self._mirror + self._mirrored_buffers)
+
+    @torch.no_grad()
+    def _fill_mirror(self, pairs: list[Pair]) -> None:
+        if pairs:
+            reshard(self._fsdp)
+            _copy(locals_in(p.target for p in pairs), locals_in(p.source for p in pairs))
 
     @torch.no_grad()
     def update(
@@ -89,6 +100,7 @@ class FusedEMA:
             mine, theirs = local(source.tensor), local(target.tensor)
             new = mine.to(device=theirs.device, dtype=theirs.dtype)
             theirs.copy_(new if gate is None else torch.where(gate.to(theirs.device), new, theirs))
+        self._fill_mirror(self._mirrored_buffers)
         self.num_updates += 1
         return self.stats
 
@@ -179,6 +191,7 @@ class FusedEMA:
         num_updates = int(state["num_updates"])
         self.module.load_state_dict(state["module"])
         self.num_updates, self.stats = num_updates, None
+        self._fill_mirror(self._mirror + self._mirrored_buffers)
 
 
 def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -195,7 +208,7 @@ def _frozen_copy(model: nn.Module, device: torch.device | str | None) -> nn.Modu
     if device is not None:
         averaged = averaged.to(device)
     float32: dict[int, Tensor] = {}  # tied parameters stay tied
-    for slot in parameter_slots(averaged).values():
+    for slot in (*parameter_slots(averaged).values(), *buffer_slots(averaged).values()):
         p = slot.tensor
         if p.is_floating_point() and p.dtype != torch.float32:
             float32.setdefault(id(p), p.detach().float())

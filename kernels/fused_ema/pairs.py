@@ -64,7 +64,7 @@ def pair_slots(kind: str, mine: dict[str, Slot], theirs: dict[str, Slot]) -> lis
         pair = Pair(name, source, theirs[name])
         target_key, source_key = storage_key(pair.target.tensor), storage_key(source.tensor)
         _check_alike(kind, pair)
-        first = seen.setdefault(target_key, pair) if target_key else pair
+        first = seen.setdefault(target_key, pair)
         if first is pair:
             pairs.append(pair)
         elif storage_key(first.source.tensor) != source_key:
@@ -73,10 +73,14 @@ def pair_slots(kind: str, mine: dict[str, Slot], theirs: dict[str, Slot]) -> lis
 
 
 def storage_key(tensor: Tensor) -> tuple:
-    """Equal for tensors that are the same memory; empty where there is none (empty shards, meta)."""
+    """Equal for tensors that are the same memory.
+
+    Where there is none (empty shards, meta) the object itself: what one process ties, all tie, or they would not agree on
+    the names.
+    """
     shard = local(tensor)
     if shard.device.type == "meta" or not shard.numel():
-        return ()
+        return (id(tensor),)
     return (shard.device, shard.data_ptr(), tuple(shard.shape), shard.stride())
 
 
@@ -86,7 +90,7 @@ def _check_alike(kind: str, pair: Pair) -> None:
         raise ValueError(
             f"{kind} {pair.name!r} is {list(source.shape)} in the model and {list(target.shape)} in the target"
         )
-    if storage_key(source) and storage_key(source) == storage_key(target):
+    if storage_key(source) == storage_key(target):
         raise ValueError(
             f"{kind} {pair.name!r} is the same tensor in both modules; the average needs storage of its own"
         )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -32,6 +33,7 @@ class PlanCache:
     def __init__(self, capacity: int):
         self._capacity = capacity
         self._entries: dict[Hashable, Plan] = {}
+        self._captured: list[Plan] = []  # a CUDA graph holds addresses of theirs and no reference: kept for good
 
     def get(
         self,
@@ -45,11 +47,13 @@ class PlanCache:
         tensors = [*targets, *sources, *copies]
         if not all(map(Tensor.is_contiguous, tensors)):  # nor is a sparse tensor
             return build()
-        in_graph = any([t.requires_grad and not t.is_leaf for t in targets])  # noqa: C419  a list is the faster here
+        in_graph = any([t.requires_grad and not t.is_leaf for t in (*targets, *copies)])  # noqa: C419  a list is the faster here
         shapes, dtypes = tuple([t.shape for t in tensors]), tuple([t.dtype for t in tensors])
         key = (backend, len(targets), tuple(map(Tensor.data_ptr, tensors)), shapes, dtypes, tuple(layers), in_graph)
         plan = self._entries.pop(key, None) or build()
         self._entries[key] = plan  # as the youngest
+        if tensors and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured.append(plan)
         if len(self._entries) > self._capacity:
             self._entries.pop(next(iter(self._entries)), None)
         return plan

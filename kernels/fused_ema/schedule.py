@@ -19,11 +19,24 @@ def warmup(decay: float, gamma: float = 1.0, power: float = 2 / 3) -> Callable[[
     return lambda num_updates: min(decay, 1.0 - (1.0 + num_updates / gamma) ** -power)
 
 
-def multi_avg_fn(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """For AveragedModel(model, multi_avg_fn=...): the fused pass in place of foreach lerp; mixed dtypes allowed."""
-    check_decay(decay)
+def multi_avg_fn(
+    decay: float | Callable[[int], float],
+) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+    """For AveragedModel(model, multi_avg_fn=...): the fused pass in place of foreach lerp; mixed dtypes allowed.
+
+    decay: a number, or a function of the number of models averaged, read at every update (waits for that number where
+    AveragedModel keeps it on a GPU). Integer buffers (`use_buffers=True`) are averaged and cut as torch does.
+    """
+    if not callable(decay):
+        check_decay(decay)
 
     def average(averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor | int) -> None:
-        ema_update_(averaged, current, decay)
+        now = decay(int(num_averaged)) if callable(decay) else decay
+        pairs = list(zip(averaged, current, strict=True))
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        ema_update_([a for a, _ in floating], [c for _, c in floating], now)
+        for mean, value in pairs:
+            if not mean.is_floating_point():
+                mean.copy_(mean * now + value * (1 - now))
 
     return average

@@ -85,6 +85,6 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _random_unit(length: int, name: str, device: torch.device) -> Tensor:
     """The same on every rank."""
-    generator = torch.Generator().manual_seed(sum(ord(c) * (i + 1) for i, c in enumerate(name)))
-    v = torch.randn(length, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(sum(ord(c) * (i + 1) for i, c in enumerate(name)))
+    v = torch.randn(length, generator=generator, dtype=torch.float32, device="cpu")
     return (v / torch.linalg.vector_norm(v)).to(device)

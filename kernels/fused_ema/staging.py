@@ -20,7 +20,7 @@ class Staging:
         if not targets or targets[0].device.type != "cpu" or sources[0].device.type != "cuda":
             return list(sources)
         if [(b.shape, b.dtype) for b in self._buffers] != [(s.shape, s.dtype) for s in sources]:
-            self._buffers = [torch.empty(s.shape, dtype=s.dtype, pin_memory=True) for s in sources]
+            self._buffers = [torch.empty(s.shape, dtype=s.dtype, device="cpu", pin_memory=True) for s in sources]
         for buffer, source in zip(self._buffers, sources, strict=True):
             buffer.copy_(source, non_blocking=True)
         torch.cuda.current_stream(sources[0].device).synchronize()
