@@ -71,7 +71,7 @@ def page(
 <div class="wide">{inline(svg, 0)}</div>
 <h2>Events</h2>{_table(("step", "event", "called at", "confidence", "evidence"), facts, "None so far.")}
 <p class="quiet">Each states a fact about one curve, by what was known when it was called. Confidence is the chance that
-it is no accident of noise; it does not say that anything is wrong.</p>
+it is no accident of noise, not that anything is wrong; of a suspicion it is how often such calls were right in calibration.</p>
 <h2>Key numbers</h2>{_table(("", "start", "lowest", "at step", "at loss minimum", "end"), _numbers(records, told), "None yet.")}
 {"".join(_section(number, *section) for number, section in enumerate(sections, start=1))}
 {CLAIMS}
