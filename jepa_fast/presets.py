@@ -13,7 +13,7 @@ from jepa_fast.errors import UsageError, suggest
 
 
 def demo() -> Config:
-    """TS-JEPA on a generated sensor set: the collapse phase and its end, in about a minute on two CPU cores.
+    """TS-JEPA on a generated sensor set: the collapse phase and its end, in under two minutes on two CPU cores.
 
     Source: the paper's TS-JEPA (appendix C) at lr 1e-4 and constant decay .996, on narrow-band AR(2)
     series that are generated here. The data are synthetic, and were chosen because the pattern shows on them.
