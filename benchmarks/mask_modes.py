@@ -1,6 +1,7 @@
 """Which mask mode is worth its work: probe accuracy and loss of equal operations, textures, several seeds.
 
     python benchmarks/mask_modes.py [--seeds 5] [--steps 2600] [--modes packed subsampled fixed reference]
+    python benchmarks/mask_modes.py --steps 1500 --model.width 64 --train.batch_size 32    # fields of the preset, changed
 
 Every run gets the operations that `--steps` steps of `reference` take, counted from the tokens each mode really draws
 (`jepa_fast.flops`), so a mode that uses more of an image makes fewer steps. Runs that are finished are not made again.
@@ -17,10 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import machine, rows
-from jepa_fast import train
-from jepa_fast.config import Config, replace
+from jepa_fast import cli, train
 from jepa_fast.flops import step_flops, usual_plan
-from jepa_fast.presets import preset
 
 MODES = ("reference", "fixed", "subsampled", "packed")
 SHOWN = {"probe/target": "1", "probe/context": "1", "probe/untrained": "1", "loss": "loss"}  # key: unit
@@ -33,17 +32,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--runs", type=Path, default=Path("runs/mask_modes"), help="where the runs are (%(default)s)")
     parser.add_argument("--out", type=Path, default=rows.RESULTS, help="folder of the CSV file (%(default)s)")
-    args = parser.parse_args(argv)
-    budget = args.steps * work("reference")
+    args, fields = parser.parse_known_args(argv)
+    shape = " ".join(
+        ["textures", *(f"{k.removeprefix('--')}={v}" for k, v in zip(fields[::2], fields[1::2], strict=True))]
+    )
+    budget = args.steps * work("reference", fields)
     environment = machine.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for mode in args.modes:
-        steps = max(1, round(budget / work(mode)))
+        steps = max(1, round(budget / work(mode, fields)))
         found = [
-            last_record(args.runs / f"{mode}-{args.steps}-{seed}", mode, steps, seed) for seed in range(args.seeds)
+            last_record(args.runs / f"{mode}-{args.steps}-{seed}", mode, steps, seed, fields)
+            for seed in range(args.seeds)
         ]
         for key, unit in SHOWN.items():
             values = [record[key] for record in found]
-            row = rows.make("mask_modes", mode, "textures", "float32", key, unit, values) | environment
+            row = rows.make("mask_modes", mode, shape, "float32", key, unit, values) | environment
             rows.append([row], args.out / "mask_modes.csv")
             print(
                 f"{mode:11} {steps:6} steps  {key:16} p20 {row['p20']}  p50 {row['p50']}  p80 {row['p80']}  n {len(values)}"
@@ -51,21 +54,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def configuration(mode: str) -> Config:
-    return replace(preset("textures"), {"masks.mode": mode})
-
-
-def work(mode: str) -> float:
+def work(mode: str, fields: list[str]) -> float:
     """Operations of a step, the mean of many batches."""
-    config = configuration(mode)
+    config = cli.parse(["textures", "--masks.mode", mode, *fields]).config
     plans = usual_plan(config, config.train.batch_size, 64)
     return sum(step_flops(config, p).total for p in plans) / len(plans)
 
 
-def last_record(folder: Path, mode: str, steps: int, seed: int) -> dict:
+def last_record(folder: Path, mode: str, steps: int, seed: int, fields: list[str]) -> dict:
     """The last line of a run's metrics, which is made first if it is not there."""
     options = {"masks.mode": mode, "train.steps": steps, "train.seed": seed, "run.dir": folder, "monitor.every": steps}
-    code = train.main(["textures", *(str(w) for k, v in options.items() for w in (f"--{k}", v)), "--resume", "auto"])
+    code = train.main(
+        ["textures", *(str(w) for k, v in options.items() for w in (f"--{k}", v)), *fields, "--resume", "auto"]
+    )
     if code:
         raise SystemExit(f"{folder}: the run ended with status {code}")
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
