@@ -34,7 +34,7 @@ from benchmarks import machine
 from benchmarks.harness import Bench, Case, arguments, matmul_rate, peak_memory
 from benchmarks.patched_peer import foreach_ema, patch
 from jepa_fast import optim
-from jepa_fast.config import Config, replace
+from jepa_fast.config import Config, check, replace
 from jepa_fast.data.embedded import texture
 from jepa_fast.data.masks import MaskBatch, sample_masks
 from jepa_fast.data.packing import MaskPlan, ladder, plan
@@ -174,7 +174,7 @@ def configuration(name: str, image: int, batch: int) -> Config:
         "model.predictor_depth": predictor_depth, "data.image_size": image, "train.batch_size": batch,
         "masks.mode": "reference", "masks.group": batch, "masks.min_keep": 10 if image >= 128 else 1,
     }  # fmt: skip
-    return replace(preset("in1k-vitb16"), changes).check()
+    return check(replace(preset("in1k-vitb16"), changes))
 
 
 def textures(count: int, size: int) -> Tensor:

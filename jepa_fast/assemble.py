@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jepa_fast import checkpoint, log, optim, parallel, rundir, schedules, survive
 from jepa_fast.clock import Clock
-from jepa_fast.config import Config, get, replace
+from jepa_fast.config import Config, check, get, replace
 from jepa_fast.data import packing
 from jepa_fast.data.dataset import Dataset, open_dataset
 from jepa_fast.data.loader import Loader
@@ -114,6 +114,11 @@ def _forwarded(config: Config, world: World) -> int:
 
 def _fitted(config: Config, dataset: Dataset) -> Config:
     """The configuration with length and channels of a series taken from the data, where it leaves them open."""
+    if config.train.batch_size > len(dataset.train):
+        raise UsageError(
+            f"--train.batch_size is {config.train.batch_size}, but there are {len(dataset.train)} training samples "
+            f"({dataset.description.split(':')[0]}): give at most as many"
+        )
     if config.data.kind != "series":
         return config
     for name, held in (("data.channels", dataset.shape[0]), ("data.series_length", dataset.shape[1])):
@@ -123,7 +128,7 @@ def _fitted(config: Config, dataset: Dataset) -> Config:
                 f"--{name} is {asked}, but {dataset.description.split(':')[0]} have {held}: give --{name} {held}"
             )
         config = replace(config, {name: held})
-    return config.check()
+    return check(config)
 
 
 def _folder(config: Config, resume: str, world: World) -> tuple[Path, int]:

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from jepa_fast import parallel, rundir
-from jepa_fast.config import Config, flatten, replace, to_json
+from jepa_fast.config import Config, check, flatten, replace, to_json
 from jepa_fast.errors import UsageError, suggest
 from jepa_fast.presets import PRESETS, preset
 
@@ -114,7 +114,7 @@ def _configuration(args: list[str], resume: str) -> Config:
             config = _override(replace(saved, {"run.dir": str(folder)}), args)
         elif resume == "must":
             raise UsageError(f"--resume: no run in {folder or 'runs/'}; leave out --resume to start one")
-    return config.check()
+    return check(config)
 
 
 def default_config() -> Config:

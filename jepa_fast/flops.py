@@ -16,7 +16,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from jepa_fast.config import Config, replace
+from jepa_fast.config import Config, check, replace
 from jepa_fast.data import packing
 from jepa_fast.data.masks import sample_masks
 from jepa_fast.data.packing import MaskPlan
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.data.kind == "series" and not config.data.series_length:
         config = replace(config, {"data.series_length": 500, "data.channels": 1})
     changes = {"masks.mode": args.mode or config.masks.mode, "train.precision": "bf16", "model.residual": args.residual}
-    config = replace(config, changes).check()
+    config = check(replace(config, changes))
     print(table(config, args.share))
 
 

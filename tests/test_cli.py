@@ -3,7 +3,7 @@
 import pytest
 
 from jepa_fast import cli
-from jepa_fast.config import Config, flatten, from_json, replace, to_json
+from jepa_fast.config import Config, check, flatten, from_json, replace, to_json
 from jepa_fast.errors import UsageError
 from jepa_fast.presets import PRESETS, preset
 from jepa_fast.train import main
@@ -84,7 +84,7 @@ def test_list_names_every_preset_and_print_config_prints_what_would_run(capsys):
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_is_valid_documented_and_survives_json(name):
-    config = preset(name).check()
+    config = check(preset(name))
     assert config.preset == name
     assert from_json(to_json(config)) == config
     doc = PRESETS[name].__doc__

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jepa_fast import parallel
-from jepa_fast.config import replace
+from jepa_fast.config import check, replace
 from jepa_fast.data.masks import sample_masks
 from jepa_fast.data.packing import Ladder, plan
 from jepa_fast.errors import UsageError
@@ -34,7 +34,7 @@ def _config(**changes):
         "model.width": 16, "model.depth": 2, "model.heads": 2, "model.predictor_width": 16, "model.predictor_heads": 2,
         "train.batch_size": 8, "masks.group": 4, "model.init_std": 0.2,
     }  # fmt: skip
-    return replace(preset("digits"), small | changes).check()
+    return check(replace(preset("digits"), small | changes))
 
 
 def _masks(config, step):

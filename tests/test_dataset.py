@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jepa_fast.config import replace
+from jepa_fast.config import check, replace
 from jepa_fast.data import embedded
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.shards import BadSample
@@ -198,7 +198,7 @@ def test_several_sets_are_mixed_by_weight_and_the_first_is_probed(tmp_path):
     with pytest.raises(UsageError, match=r"--data.weights has 1 numbers and --data.path 2 entries"):
         open_dataset(small_images(path, **{"data.weights": (1.0,)}))
     with pytest.raises(UsageError, match=r"--data.weights .*0.001"):
-        small_images(path, **{"data.weights": (1.0, 1e-6)}).check()
+        check(small_images(path, **{"data.weights": (1.0, 1e-6)}))
 
 
 def test_an_image_that_cannot_be_read_is_a_bad_sample(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_fast.config import replace
+from jepa_fast.config import check, replace
 from jepa_fast.data.masks import MaskBatch, sample_masks
 from jepa_fast.data.packing import Ladder, plan
 from jepa_fast.errors import UsageError
@@ -108,7 +108,7 @@ def _small(name, **changes):
         "model.predictor_heads": 2,
         "model.init_std": 0.2,
     }
-    return replace(preset(name), sizes | changes).check()
+    return check(replace(preset(name), sizes | changes))
 
 
 def _masks(config, batch, seed=0):

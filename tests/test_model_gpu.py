@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_fast.config import replace
+from jepa_fast.config import check, replace
 from jepa_fast.data.masks import sample_masks
 from jepa_fast.data.packing import ladder, plan
 from jepa_fast.model import attention
@@ -34,7 +34,7 @@ def _case(mode="packed", **changes):
         "masks.group": 4,
         "train.batch_size": BATCH,
     }
-    config = replace(preset("images"), small | more | changes).check()
+    config = check(replace(preset("images"), small | more | changes))
     torch.manual_seed(0)
     jepa, inputs = JEPA(config), torch.randn(BATCH, 3, 112, 112)
     return config, jepa, inputs

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from jepa_fast import schedules
-from jepa_fast.config import EMA, Config, Perturb, flatten, replace
+from jepa_fast.config import EMA, Config, Perturb, check, flatten, replace
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.loader import Loader
 from jepa_fast.errors import UsageError
@@ -45,7 +45,7 @@ def test_the_masking_ratio_goes_where_it_is_told_and_the_loader_follows(tmp_path
 ])  # fmt: skip
 def test_levers_out_of_range_are_refused(changes):
     with pytest.raises(UsageError):
-        replace(preset("demo"), changes).check()
+        check(replace(preset("demo"), changes))
 
 
 def test_a_perturbation_is_as_large_as_asked_on_matrices_alone_and_the_same_again():

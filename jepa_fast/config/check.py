@@ -1,0 +1,155 @@
+"""Refuses a configuration that cannot work, in one line that names the field, its value and the mend."""
+
+import math
+from typing import Any
+
+from jepa_fast.config.names import flatten, get
+from jepa_fast.config.sections import Config
+from jepa_fast.errors import UsageError
+
+FROM_0_TO_1 = ("ema.decay", "ema.final_decay", "data.max_bad_share")
+AT_LEAST_1 = (
+    "data.image_size", "data.workers", "masks.num_targets", "masks.min_keep", "masks.group", "model.width",
+    "model.depth", "model.heads", "model.patch", "model.num_patches", "model.predictor_width", "model.predictor_depth",
+    "train.batch_size", "train.max_bad_steps", "monitor.every", "monitor.probe_train", "monitor.probe_test",
+    "monitor.knn", "log.every", "perturb.every",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "data.channels", "data.series_length", "data.shuffle_window", "data.num_samples", "train.steps", "train.epochs",
+    "train.seed", "optim.warmup_steps", "optim.warmup_epochs", "optim.lr", "optim.start_lr", "optim.final_lr",
+    "optim.weight_decay", "optim.final_weight_decay", "optim.clip", "checkpoint.every", "checkpoint.keep",
+    "monitor.spectrum_every", "monitor.lidar_every", "monitor.bound_every", "monitor.spectral_every",
+    "monitor.lidar_views", "monitor.jacobian", "perturb.noise", "perturb.until", "masks.context_tokens",
+    "parallel.threads", "parallel.micro_batch", "parallel.prefetch", "parallel.shards", "profile.steps",
+    "model.predictor_heads",
+)  # fmt: skip
+ABOVE_0 = (
+    "model.init_std", "model.mlp_ratio", "model.predictor_mlp_ratio", "model.norm_eps", "optim.eps", "ema.scale",
+    "monitor.knn_temperature", "monitor.ridge", "parallel.timeout", "parallel.start_timeout",
+)  # fmt: skip
+
+
+def check(config: Config) -> Config:
+    """The configuration itself. Raises UsageError naming the first field that cannot work, its value and the mend."""
+    _check_ranges(config)
+    _check_weights(config)
+    _check_geometry(config)
+    return config
+
+
+def _require(ok: bool, name: str, value: Any, mend: str) -> None:
+    if not ok:
+        raise UsageError(f"--{name} is {value!r}: {mend}")
+
+
+def _check_ranges(c: Config) -> None:
+    for name, value in flatten(c).items():
+        _require(not isinstance(value, float) or math.isfinite(value), name, value, "give a finite number")
+    for name in FROM_0_TO_1:
+        _require(0 <= get(c, name) <= 1, name, get(c, name), "give a number from 0 to 1")
+    for name in ("masks.ratio", "masks.final_ratio"):
+        mend = "some tokens must be hidden and some visible; give a number between 0 and 1"
+        _require(0 < get(c, name) < 1, name, get(c, name), mend)
+    for name in AT_LEAST_1:
+        _require(get(c, name) >= 1, name, get(c, name), "give a whole number of at least 1")
+    for name in NOT_NEGATIVE:
+        _require(get(c, name) >= 0, name, get(c, name), "it cannot be negative")
+    for name in ABOVE_0:
+        _require(get(c, name) > 0, name, get(c, name), "give a number above 0")
+    for name, top in (
+        ("masks.target_scale", 1),
+        ("masks.final_target_scale", 1),
+        ("masks.context_scale", 1),
+        ("data.crop_scale", 1),
+        ("masks.target_aspect", math.inf),
+    ):
+        low, high = get(c, name)
+        _require(
+            0 < low <= high <= top, name, (low, high), f"give two numbers, 0 < low <= high{' <= 1' if top == 1 else ''}"
+        )
+    _require(all(0 <= b < 1 for b in c.optim.betas), "optim.betas", c.optim.betas, "give two numbers from 0 to below 1")
+    _require(
+        c.train.steps > 0 or c.train.epochs > 0,
+        "train.steps",
+        c.train.steps,
+        "give --train.steps or --train.epochs above 0",
+    )
+
+
+def _check_weights(c: Config) -> None:
+    weights = c.data.weights
+    _require(all(0 < w < math.inf for w in weights), "data.weights", weights, "give numbers above 0")
+    _require(
+        not weights or min(weights) >= sum(weights) / 1000,
+        "data.weights",
+        weights,
+        "each must be 0.001 of the sum or more",
+    )
+
+
+def _check_geometry(c: Config) -> None:
+    m = c.model
+    _require(m.width % m.heads == 0, "model.width", m.width, f"--model.heads {m.heads} must divide it")
+    _require(m.width % 4 == 0, "model.width", m.width, "the sin-cos positions need a multiple of 4")
+    _require(
+        m.predictor_width % 4 == 0,
+        "model.predictor_width",
+        m.predictor_width,
+        "the sin-cos positions need a multiple of 4",
+    )
+    heads = m.predictor_heads or m.heads
+    _require(
+        m.predictor_width % heads == 0,
+        "model.predictor_width",
+        m.predictor_width,
+        f"its {heads} heads (--model.predictor_heads) must divide it",
+    )
+    _require(
+        m.residual == "fp32" or c.train.precision == "bf16",
+        "model.residual",
+        m.residual,
+        "needs --train.precision bf16",
+    )
+    _require(
+        not m.cuda_graphs or m.compile != "off", "model.cuda_graphs", m.cuda_graphs, "needs --model.compile on or auto"
+    )
+    if c.data.kind == "images":
+        _require(c.data.channels in (1, 3), "data.channels", c.data.channels, "give 1 (grey) or 3 (colour)")
+        _require(
+            c.data.image_size % m.patch == 0,
+            "data.image_size",
+            c.data.image_size,
+            f"--model.patch {m.patch} must divide it",
+        )
+        _require(
+            len(c.data.mean) == len(c.data.std) == c.data.channels,
+            "data.mean",
+            c.data.mean,
+            f"give --data.channels ({c.data.channels}) numbers, and as many for --data.std",
+        )
+        _require(all(s > 0 for s in c.data.std), "data.std", c.data.std, "give numbers above 0")
+        _require(
+            c.masks.mode not in ("random", "bernoulli") or c.num_tokens >= 2,
+            "masks.mode",
+            c.masks.mode,
+            "needs at least two tokens",
+        )
+    else:
+        _require(
+            c.masks.mode in ("random", "bernoulli"), "masks.mode", c.masks.mode, "a series takes random or bernoulli"
+        )
+        _require(
+            not c.data.series_length or c.data.series_length >= m.num_patches,
+            "data.series_length",
+            c.data.series_length,
+            f"shorter than --model.num_patches {m.num_patches}: give fewer patches",
+        )
+    if c.masks.mode == "random":
+        for name in ("masks.ratio",) if c.masks.schedule == "constant" else ("masks.ratio", "masks.final_ratio"):
+            hidden = int(get(c, name) * c.num_tokens)
+            _require(
+                0 < hidden < c.num_tokens,
+                name,
+                get(c, name),
+                f"hides {hidden} of {c.num_tokens} tokens; some must be hidden and some visible",
+            )
