@@ -38,8 +38,10 @@ class Predictor(nn.Module):
     def forward(self, context: Tensor, context_index: Tensor, target_index: Tensor) -> Tensor:
         """One target block an image: context [B, K, D], int64 [B, K] and [B, M] -> predictions [B, M, D].
 
-        Raises ValueError if an index is out of range or repeats a token in a row.
+        Raises ValueError if the context is not of the encoder's width, an index is out of range or repeats a token in a row.
         """
+        if context.dim() != 3 or context.shape[2] != self.embed.in_features:
+            raise ValueError(f"context must be [B, K, {self.embed.in_features}]; it is {list(context.shape)}")
         b, k, _ = context.shape
         check_index("context_index", context_index, b, len(self.positions))
         check_index("target_index", target_index, b, len(self.positions))

@@ -99,7 +99,8 @@ class Encoder(nn.Module):
 
         inputs: float or uint8 [B, C, H, W], or float [B, C, L]; any size that the patch divides. keep: int64 [B, K]
         token numbers, no repeats in a row. Returns [B, N, D] or [B, K, D].
-        Raises ValueError if `keep` is out of range or repeats a token, or the patch does not divide the image.
+        Raises ValueError if `keep` is out of range or repeats a token, or the inputs are not cut into patches as the
+        encoder's were: other channels, a patch that does not divide the image, a series of another patch length.
         """
         grid = self.tokenizer.grid(inputs)
         table = self.positions if grid == self.grid else self._table(grid)
@@ -117,16 +118,25 @@ class Encoder(nn.Module):
 
         bucket: the blocks run on that many rows (at least T, 0: on T), which changes no feature and keeps shapes static.
         """
-        x = self._enter(self.patch_embed(patches) + self.positions[positions])
+        x = self._enter(self._embed(patches) + self.positions[positions])
         sequences = Sequences.of(cu_seqlens, max_len, len(x), bucket, uses_varlen(x))
         return self._leave(self._run(pad_rows(x, bucket), sequences)[: len(x)])
 
     def _dense(self, patches: Tensor, positions: Tensor) -> Tensor:
         """patches [B, K, P], positions [B, K, D] -> [B, K, D]."""
         b, k, _ = patches.shape
-        x = self._enter(self.patch_embed(patches) + positions)
+        x = self._enter(self._embed(patches) + positions)
         x = self._run(x.view(b * k, -1), Sequences.equal(b, k, x.device))
         return self._leave(x).view(b, k, -1)
+
+    def _embed(self, patches: Tensor) -> Tensor:
+        if patches.shape[-1] != self.patch_embed.in_features:
+            raise ValueError(
+                f"patches of {patches.shape[-1]} numbers, channels included: this encoder was built for "
+                f"{self.patch_embed.in_features}; give inputs with its channels (and, of series, its length)"
+            )
+        embedded: Tensor = self.patch_embed(patches)
+        return embedded
 
     def _enter(self, x: Tensor) -> Tensor:
         """Into the residual stream."""
