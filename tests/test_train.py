@@ -247,6 +247,7 @@ def test_init_from_takes_the_weights_and_nothing_else():
     (["--init.from", "nowhere"], "--init.from nowhere: no checkpoint there"),
     (["--init.from", "x", "--model.depth", "3"], "is another architecture"),
     (["--data.path", "nowhere"], "--data.path nowhere does not exist"),
+    (["--train.batch_size", "99999"], "--train.batch_size is 99999, but there are"),
 ])  # fmt: skip
 def test_a_refusal_is_one_line_and_nothing_is_written_over(args, says, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
