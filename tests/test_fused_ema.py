@@ -285,7 +285,12 @@ REFUSED = {
         ValueError,
         "target 0",
     ),
-    "target dtype": (lambda t, s: {"targets": [t[0], t[1].double()]}, TypeError, "target 1 is torch.float64"),
+    "target dtype": (
+        lambda t, s: {"targets": [t[0], t[1].to(torch.float8_e5m2)]},
+        TypeError,
+        "target 1 is torch.float8",
+    ),
+    "complex": (lambda t, s: {"sources": [s[0] * 1j, s[1]]}, TypeError, "source 0 is torch.complex64.*view_as_real"),
     "source dtype": (lambda t, s: {"sources": [s[0].long(), s[1]]}, TypeError, "source 0 is torch.int64"),
     "meta": (lambda t, s: {"targets": [t[0], torch.empty(6, device="meta")]}, ValueError, "target 1 is on"),
     "sparse": (lambda t, s: {"sources": [s[0].to_sparse(), s[1]]}, TypeError, "source 0 is torch.sparse_coo"),

@@ -33,7 +33,8 @@ struct Partial {
     int64_t nonfinite = 0;
 };
 
-// The nearer of the two ends is the base, so that weight 0 and weight 1 are exact and equal operands never move.
+// The nearer of the two ends is the base. Equal operands keep it as it is, and so do weights 0 and 1: signed zeros and
+// infinities too.
 struct Step {
     bool from_target;
     float factor;

@@ -45,6 +45,7 @@ INLINE void ask_for(const Stored* block) {
 template <class S, class T, bool Write, bool Measure>
 INLINE void block(const typename S::Stored* source, typename T::Stored* target, int64_t n, Step step, Partial* total) {
     Floats distance[kVectors] = {}, norm[kVectors] = {};
+    const Words ends = step.factor == 0 ? ~Words{} : Words{};
     for (int64_t i = 0; i < n; i += kStep) {
         ask_for(source + i + kBlock);  // the arithmetic keeps the core from running that far ahead by itself
         ask_for(target + i + kBlock);
@@ -55,7 +56,8 @@ INLINE void block(const typename S::Stored* source, typename T::Stored* target, 
             Floats average = T::load(target + at);
             if (Write) {
                 const Floats base = step.from_target ? average : theta;
-                average = T::store(base + step.factor * (theta - average), target + at);
+                const Words stays = (Words)(theta == average) | ends;
+                average = T::store(stays ? base : base + step.factor * (theta - average), target + at);
             }
             if (Measure) {
                 const Floats gap = theta - average;

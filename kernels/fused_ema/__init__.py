@@ -2,7 +2,7 @@
 
 from fused_ema.backends import available_backends
 from fused_ema.module import FusedEMA
-from fused_ema.op import LayerStats, ema_update_
+from fused_ema.op import LayerStats, ema_distances, ema_update_
 from fused_ema.reference import ema_update_reference
 from fused_ema.schedule import multi_avg_fn, warmup
 
@@ -10,6 +10,7 @@ __all__ = [
     "FusedEMA",
     "LayerStats",
     "available_backends",
+    "ema_distances",
     "ema_update_",
     "ema_update_reference",
     "multi_avg_fn",

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fused_ema.check import FLOATS
+from fused_ema.check import FLOATS, is_dense
 from fused_ema.plan import Plan
 from fused_ema.reference import ema_update_reference
 
@@ -50,15 +50,50 @@ def make_plan(
     layers: Sequence[int],
     num_layers: int,
 ) -> Plan:
+    """Kernels see flat memory: views with gaps go to them in dense copies, float64 to plain torch."""
     if backend == "torch":
         return _TorchPlan(list(layers), num_layers)
-    if any(not t.is_contiguous() for t in (*targets, *sources, *copies)):
-        return _DensePlan(backend, list(layers), num_layers)
+    flat: list[int] = []
+    views: list[int] = []
+    doubles: list[int] = []
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        together = [target, source, copies[i]] if copies else [target, source]
+        kind = doubles if any(t.dtype == torch.float64 for t in together) else flat if _flat(together) else views
+        kind.append(i)
+    if len(flat) == len(targets):
+        return _kernel_plan(backend, targets, sources, copies, layers, num_layers)
+    parts: list[tuple[list[int], Plan]] = []
+    if flat:
+        lists = _take(targets, flat), _take(sources, flat), _take(copies, flat), _take(layers, flat)
+        parts.append((flat, _kernel_plan(backend, *lists, num_layers)))
+    if views:
+        parts.append((views, _DensePlan(backend, _take(layers, views), num_layers)))
+    if doubles:
+        parts.append((doubles, _TorchPlan(_take(layers, doubles), num_layers)))
+    return _SplitPlan(parts)
+
+
+def _kernel_plan(backend: str, targets, sources, copies, layers, num_layers: int) -> Plan:
     if backend == "cpp":
         return _CppPlan(targets, sources, copies, layers, num_layers)
     from fused_ema.triton_kernel import TritonPlan
 
     return TritonPlan(targets, sources, copies, layers, num_layers)
+
+
+def _flat(together: Sequence[Tensor]) -> bool:
+    """Whether the tensors hold the same elements in the same order of memory (channels_last too), as stored."""
+    if any(t.is_neg() for t in together):  # a negated view: memory holds the other sign
+        return False
+    if all(t.is_contiguous() for t in together):
+        return True
+    orders = {tuple(s for n, s in zip(t.shape, t.stride(), strict=True) if n != 1) for t in together}
+    return len(orders) == 1 and is_dense(together[0])
+
+
+def _take(items: Sequence, indices: Sequence[int]) -> list:
+    """Of an empty list, nothing: there are copies of all tensors or of none."""
+    return [items[i] for i in indices] if items else []
 
 
 @cache
@@ -121,16 +156,32 @@ class _CppPlan:
 
 
 class _DensePlan:
-    """Views that are not contiguous: worked on in dense copies, written back."""
+    """Views with gaps, laid out differently or negated: worked on in dense copies, written back."""
 
     def __init__(self, backend: str, layers: list[int], num_layers: int):
         self._backend, self._layers, self._num_layers = backend, layers, num_layers
 
     def run(self, targets, sources, copies, weight, gate, measure) -> Tensor:
-        dense_targets, dense_sources, dense_copies = [[t.contiguous() for t in ts] for ts in (targets, sources, copies)]
-        plan = make_plan(self._backend, dense_targets, dense_sources, dense_copies, self._layers, self._num_layers)
+        dense_targets, dense_sources, dense_copies = [
+            [t.resolve_neg().contiguous() for t in tensors] for tensors in (targets, sources, copies)
+        ]
+        plan = _kernel_plan(self._backend, dense_targets, dense_sources, dense_copies, self._layers, self._num_layers)
         stats = plan.run(dense_targets, dense_sources, dense_copies, weight, gate, measure)
-        for original, dense in zip((*targets, *copies), (*dense_targets, *dense_copies), strict=True):
-            if original is not dense:
-                original.copy_(dense)
+        for original, copy in zip((*targets, *copies), (*dense_targets, *dense_copies), strict=True):
+            if original is not copy:
+                original.copy_(copy)
         return stats
+
+
+class _SplitPlan:
+    """A list whose members need different treatment: each part by its own plan, the sums added."""
+
+    def __init__(self, parts: list[tuple[list[int], Plan]]):
+        self._parts = parts
+
+    def run(self, targets, sources, copies, weight, gate, measure) -> Tensor:
+        sums = [
+            plan.run(_take(targets, part), _take(sources, part), _take(copies, part), weight, gate, measure)
+            for part, plan in self._parts
+        ]
+        return torch.stack(sums).sum(0)

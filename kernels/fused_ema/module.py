@@ -1,18 +1,18 @@
 """`FusedEMA`: a module and its slow copy, updated and compared in one pass a step."""
 
-import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fused_ema.check import check_decay
-from fused_ema.op import LayerStats, ema_update_, local
-from fused_ema.pairs import Pair, buffer_slots, locals_in, pair_slots, parameter_slots
+from fused_ema.check import check_decay, check_gate
+from fused_ema.frozen import frozen_copy
+from fused_ema.op import LayerStats, ema_distances, ema_update_, local
+from fused_ema.pairs import Pair, check_alike, check_apart, locals_in, pair_modules, part, part_alike
 from fused_ema.sharding import fsdp_modules, reshard, sum_over_shards
 from fused_ema.spectral import SpectralDrift
 from fused_ema.staging import Staging
@@ -27,13 +27,15 @@ class FusedEMA:
 
     model: the module that is trained. decay: a number, or a function of the number of updates made, read at every
     update; `update(decay)` overrides it for one call. target: an existing module with the same parameter names (the
-    target encoder of JEPA, BYOL's or DINO's teacher); None makes a frozen copy, parameters in float32. Under FSDP2
-    shard the target as the model and pass it.
-    buffers: `copy` (BatchNorm statistics and the like as they are), `ema` (floating ones averaged too) or `ignore`.
+    target encoder of JEPA, BYOL's or DINO's teacher); None makes a frozen copy, half precision in float32. Under FSDP2
+    shard the target as the model and pass it. Wrappers (torch.compile, DDP, checkpointing) do not count in names.
+    buffers: `copy` (BatchNorm statistics and the like as they are), `ema` (floating ones averaged, others copied) or
+    `ignore`. Integer parameters are copied.
     mirror: a module of the same names that holds the average too, rounded to its own dtype: filled at once, then written in
     the same pass.
     device: where a copy is kept; "cpu" holds it in (pinned) host memory and stages the weights over.
-    Tied parameters are updated once. Raises ValueError where names, shapes or shards do not pair up.
+    Tied parameters are updated once. Raises ValueError or TypeError, naming the parameter or buffer, where names, shapes,
+    dtypes or shards do not pair up, and for what is sparse, nested, complex or on the meta device.
     """
 
     def __init__(
@@ -53,31 +55,32 @@ class FusedEMA:
         if target is not None and device is not None:
             raise ValueError("device= is for the copy that FusedEMA makes; move the target itself instead")
         self.decay, self.model, self.backend, self.num_updates = decay, model, backend, 0
-        self.module = _frozen_copy(model, device) if target is None else target
+        reshard(fsdp_modules(model))  # parameters that a forward has left gathered look unsharded
+        self.module = frozen_copy(model, device) if target is None else target
         self.stats: LayerStats | None = None
         """Of the last update: one entry per name, on the device. Sums of this rank's shards, under FSDP2."""
-        pairs = pair_slots("parameter", parameter_slots(model), parameter_slots(self.module))
-        self._pairs = [p for p in pairs if p.source.tensor.is_floating_point()]
-        self.names = [pair.name for pair in self._pairs]
-        self._averaged, self._copied = _split_buffers(model, self.module, buffers)
-        self._mirror: list[Pair] = []
-        if mirror is not None:
-            self._mirror = pair_slots("parameter", parameter_slots(self.module), parameter_slots(mirror))
-            if [p.name for p in self._mirror] != self.names:
-                raise ValueError("the mirror's parameters are tied otherwise than the averaged module's")
-        self._mirrored_buffers: list[Pair] = []
-        if mirror is not None and buffers != "ignore":
-            self._mirrored_buffers = pair_slots("buffer", buffer_slots(self.module), buffer_slots(mirror))
         self._fsdp = fsdp_modules(model, self.module, *([mirror] if mirror is not None else []))
+        reshard(self._fsdp)
+        pairs = pair_modules(model, self.module, buffers != "ignore")
+        self._averaged, self._copied = part(pairs, buffers == "ema")  # parameters first
+        self.names = [pair.name for pair in self._averaged if pair.kind == "parameter"]
+        self._labels = [str(pair) for pair in self._averaged]
+        self._mirror: list[Pair] = []  # averaged module to mirror, for each averaged pair; and for the copied ones
+        self._mirrored: list[Pair] = []
+        if mirror is not None:
+            self._mirror, self._mirrored = part_alike(
+                pair_modules(self.module, mirror, buffers != "ignore", ("averaged module", "mirror")),
+                self._averaged, self._copied,
+            )  # fmt: skip
+        check_apart(pairs, self._mirror + self._mirrored)
         self._staging = Staging()
         self.spectral = SpectralDrift()
-        self._fill_mirror(self._mirror + self._mirrored_buffers)
+        self._fill_mirror()
 
     @torch.no_grad()
-    def _fill_mirror(self, pairs: list[Pair]) -> None:
-        if pairs:
-            reshard(self._fsdp)
-            _copy(locals_in(p.target for p in pairs), locals_in(p.source for p in pairs))
+    def _fill_mirror(self) -> None:
+        for pair in self._mirror + self._mirrored:
+            local(pair.target.tensor).copy_(local(pair.source.tensor))
 
     @torch.no_grad()
     def update(
@@ -87,39 +90,50 @@ class FusedEMA:
 
         gate: 0-dim bool tensor on the device; where it is False the averaged module stays bit-identical.
         stats: False measures nothing and returns None.
-        No host synchronisation, except where the average is kept in host memory.
+        Raises ValueError or TypeError, naming the parameter or buffer, before anything is written. No host
+        synchronisation, except where the average is kept in host memory.
         """
+        if gate is not None:
+            check_gate(gate)
         if decay is None:
             decay = self.decay(self.num_updates) if callable(self.decay) else self.decay
         reshard(self._fsdp)
-        measured = self._pass(self._pairs, decay, gate, locals_in(p.target for p in self._mirror), stats)
-        self.stats = measured if stats else None
-        if self._averaged:
-            self._pass(self._averaged, decay, gate, [], stats=False)
-        for _, source, target in self._copied:
+        for pair in self._copied:
+            check_alike(pair)
+        targets, sources = self._operands()
+        device = targets[0].device if targets else torch.device("cpu")
+        measured = ema_update_(
+            targets, sources, decay.to(device) if isinstance(decay, Tensor) else decay,
+            gate=None if gate is None else gate.to(device), backend=self.backend, stats=stats, names=self._labels,
+            copies=locals_in(p.target for p in self._mirror),
+        )  # fmt: skip
+        for _, _, source, target in self._copied:
             mine, theirs = local(source.tensor), local(target.tensor)
             new = mine.to(device=theirs.device, dtype=theirs.dtype)
             theirs.copy_(new if gate is None else torch.where(gate.to(theirs.device), new, theirs))
-        self._fill_mirror(self._mirrored_buffers)
+        for pair in self._mirrored:
+            local(pair.target.tensor).copy_(local(pair.source.tensor))
         self.num_updates += 1
+        self.stats = self._of_parameters(measured) if stats else None
         return self.stats
 
-    def _pass(
-        self, pairs: list[Pair], decay: float | Tensor, gate: Tensor | None, copies: list[Tensor], stats: bool = True
-    ) -> LayerStats:
-        targets = locals_in(p.target for p in pairs)
-        sources = self._staging.on_device_of(targets, locals_in(p.source for p in pairs))
-        device = targets[0].device if targets else torch.device("cpu")
-        gate = gate if gate is None else gate.to(device)
-        decay = decay.to(device) if isinstance(decay, Tensor) else decay
-        return ema_update_(targets, sources, decay, gate=gate, backend=self.backend, copies=copies, stats=stats)
+    def _operands(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(targets, sources) of all that is averaged; sources staged where the average is kept in host memory."""
+        targets = locals_in(p.target for p in self._averaged)
+        return targets, self._staging.on_device_of(targets, locals_in(p.source for p in self._averaged))
+
+    def _of_parameters(self, stats: LayerStats) -> LayerStats:
+        """Without the averaged buffers."""
+        return LayerStats(*(values[: len(self.names)] for values in stats))
+
+    @property
+    def _parameters(self) -> list[Pair]:
+        return self._averaged[: len(self.names)]
 
     def measure(self) -> LayerStats:
         """The squared distances as the modules are now, without an update; does not change `stats`."""
         reshard(self._fsdp)
-        targets = locals_in(p.target for p in self._pairs)
-        closed = torch.zeros((), dtype=torch.bool, device=targets[0].device if targets else None)
-        return self._pass(self._pairs, 1.0, closed, [])
+        return self._of_parameters(ema_distances(*self._operands(), backend=self.backend, names=self._labels))
 
     @torch.no_grad()
     def distances(self, group_by: str | Callable[[str], str] | None = None) -> dict[str, float]:
@@ -140,7 +154,7 @@ class FusedEMA:
 
     def _grouped(self, values: Tensor, group_by: str | Callable[[str], str] | None) -> dict[str, float]:
         reshard(self._fsdp)  # parameters gathered by a forward without a backward look unsharded
-        squares = sum_over_shards(values, [p.source.tensor for p in self._pairs])
+        squares = sum_over_shards(values, [p.source.tensor for p in self._parameters])
         grouped: dict[str, float] = {}
         for name, square in zip(self.names, squares.tolist(), strict=True):
             group = _group(name, group_by)
@@ -150,7 +164,7 @@ class FusedEMA:
     def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, theta, theta_bar) as they are now, in the order of `names`; this rank's shards under FSDP2."""
         reshard(self._fsdp)
-        for pair in self._pairs:
+        for pair in self._parameters:
             yield pair.name, local(pair.source.tensor), local(pair.target.tensor)
 
     @torch.no_grad()
@@ -161,7 +175,7 @@ class FusedEMA:
         vectors are left out. Synchronises; call it on every rank.
         """
         reshard(self._fsdp)
-        matrices = [p for p in self._pairs if p.source.tensor.ndim >= 2]
+        matrices = [p for p in self._parameters if p.source.tensor.ndim >= 2]
         return self.spectral([(p.name, p.source.tensor, p.target.tensor) for p in matrices], iterations)
 
     @contextmanager
@@ -170,17 +184,20 @@ class FusedEMA:
 
         Costs one copy of the model's weights. The average itself is not touched, whatever the model's dtype.
         """
-        pairs = self._pairs + self._averaged + self._copied
+        pairs = self._averaged + self._copied
         reshard(self._fsdp)
         with torch.no_grad():
             own = [tensor.clone() for tensor in locals_in(p.source for p in pairs)]
-            _copy(locals_in(p.source for p in pairs), locals_in(p.target for p in pairs))
         try:
+            with torch.no_grad():
+                for pair in pairs:
+                    local(pair.source.tensor).copy_(local(pair.target.tensor))
             yield self.model
         finally:
             reshard(self._fsdp)
             with torch.no_grad():
-                _copy(locals_in(p.source for p in pairs), own)
+                for slot, value in zip((p.source for p in pairs), own, strict=True):
+                    local(slot.tensor).copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged module and the number of updates; nothing of the trained model."""
@@ -191,44 +208,8 @@ class FusedEMA:
         num_updates = int(state["num_updates"])
         self.module.load_state_dict(state["module"])
         self.num_updates, self.stats = num_updates, None
-        self._fill_mirror(self._mirror + self._mirrored_buffers)
-
-
-def _copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for tensor, value in zip(into, values, strict=True):
-        tensor.copy_(value)
-
-
-def _frozen_copy(model: nn.Module, device: torch.device | str | None) -> nn.Module:
-    if any(local(p) is not p for p in model.parameters()):
-        raise ValueError(
-            "the model is sharded: build the averaged module, shard it the same way and pass it as target="
-        )
-    averaged = copy.deepcopy(model).requires_grad_(False)
-    if device is not None:
-        averaged = averaged.to(device)
-    float32: dict[int, Tensor] = {}  # tied parameters stay tied
-    for slot in (*parameter_slots(averaged).values(), *buffer_slots(averaged).values()):
-        p = slot.tensor
-        if p.is_floating_point() and p.dtype != torch.float32:
-            float32.setdefault(id(p), p.detach().float())
-            p.data = float32[id(p)]
-    if device is not None and torch.device(device).type == "cpu" and torch.cuda.is_available():
-        for p in averaged.parameters():
-            p.data = p.data.pin_memory()
-    return averaged
-
-
-def _split_buffers(model: nn.Module, target: nn.Module, mode: str) -> tuple[list[Pair], list[Pair]]:
-    """(averaged, copied) pairs of buffers."""
-    if mode == "ignore":
-        return [], []
-    mine, theirs = buffer_slots(model), buffer_slots(target)
-    pairs = pair_slots("buffer", mine, theirs)
-    if mode == "copy":
-        return [], pairs
-    floating = [p for p in pairs if p.source.tensor.is_floating_point()]
-    return floating, [p for p in pairs if not p.source.tensor.is_floating_point()]
+        reshard(self._fsdp)
+        self._fill_mirror()
 
 
 def _group(name: str, group_by: str | Callable[[str], str] | None) -> str:

@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from fused_ema.backends import available_backends, choose_backend, make_plan
-from fused_ema.check import check_decay, check_gate, check_layers, check_materialised, check_pairs
+from fused_ema.check import check_decay, check_gate, check_layers, check_overlap, check_pairs, check_placements, label
 from fused_ema.plan import Plan, PlanCache
 
 _PLAIN = {Tensor, Parameter}
@@ -39,25 +39,42 @@ def ema_update_(
     backend: str = "auto",
     copies: Sequence[Tensor] | None = None,
     stats: bool = True,
+    names: Sequence[str] | None = None,
 ) -> LayerStats:
     """Move `targets` towards `sources` in place, in float32 arithmetic, and measure the squared distance left.
 
-    targets, sources: equally long lists, pairwise of the same shape and device; float32, bfloat16 or float16,
-    each in its own dtype; DTensors by their local shards (the sums are then those of the shards).
-    decay: a float in [0, 1], or a 0-dim float64 tensor on the device (not range-checked; may change under a CUDA graph).
+    targets, sources: equally long lists, pairwise of the same shape and device; float32, bfloat16 or float16, each in
+    its own dtype; float64 too, in its own arithmetic and by plain torch. DTensors by their local shards (the sums are
+    then those of the shards).
+    decay: a float in [0, 1], or a 0-dim float64 tensor on the device, which may change under a CUDA graph and is
+    range-checked on the CPU only.
     layers: a layer number for each tensor, from 0; default one layer each.
     gate: 0-dim bool tensor on the device; False leaves every target bit-identical (distances are still measured).
     backend: "auto", "triton", "cpp" or "torch"; `available_backends()` says what there is.
-    copies: one tensor for each target, any float dtype, that receives the stored average in the same pass.
+    copies: one tensor for each target, any of those dtypes, that receives the stored average in the same pass.
     stats: False measures nothing: the result is NaN. Where memory is the limit that saves no time.
+    names: what errors call the tensors; default their place in the lists.
     Raises ValueError or TypeError, naming the tensor, before anything is written. No host synchronisation.
     """
-    targets, sources = locals_of(targets, "target"), locals_of(sources, "source")
-    copied = locals_of(copies if copies is not None else (), "copy")
-    if len(targets) != len(sources):
-        raise ValueError(f"{len(targets)} targets but {len(sources)} sources; they must pair up")
-    if copied and len(copied) != len(targets):
-        raise ValueError(f"{len(targets)} targets but {len(copied)} copies; give one for each target, or none")
+    return _run_pass(targets, sources, decay, layers, gate, backend, copies, stats, names, writes=True)
+
+
+def ema_distances(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    layers: Sequence[int] | None = None,
+    backend: str = "auto",
+    names: Sequence[str] | None = None,
+) -> LayerStats:
+    """What `ema_update_` would measure, without an update: no value changes, and autograd sees no write."""
+    device = targets[0].device if targets else torch.device("cpu")
+    closed = torch.zeros((), dtype=torch.bool, device=device)
+    return _run_pass(targets, sources, 1.0, layers, closed, backend, None, True, names, writes=False)
+
+
+def _run_pass(targets, sources, decay, layers, gate, backend, copies, stats, names, *, writes: bool) -> LayerStats:
+    targets, sources = locals_of(targets, sources, "target", "source", names)
+    copied = locals_of(copies, targets, "copy", "target", names)[0] if copies else []
     if layers is None:
         numbers_ = list(range(len(targets)))
     else:
@@ -66,16 +83,21 @@ def ema_update_(
     device = targets[0].device if targets else torch.device("cpu")
     weight = _weight(decay, device)
     if gate is not None:
-        check_gate(gate, device)
+        check_gate(gate)
+        if gate.device != device:
+            raise ValueError(f"gate is on {gate.device}, the targets on {device}")
     num_layers = max(numbers_) + 1 if numbers_ else 0
     arguments = (targets, sources, copied, weight, gate, numbers_, num_layers, backend, stats)
     with torch.no_grad():
         if _traced(targets):
-            check_materialised(targets, sources, copied)
+            check_pairs(
+                targets, sources, copied, names
+            )  # here too: one meta tensor would send all to the fake operator
             sums = torch.ops.fused_ema.update_(*arguments)
         else:
-            sums = _run(*arguments)
-            increment_version([*targets, *copied])  # as the operator does: autograd sees that its saved tensors changed
+            sums = _run(*arguments, names)
+            if writes:  # as the operator does: autograd sees that its saved tensors changed
+                increment_version([*targets, *copied])
     return LayerStats(*sums.unbind(0))
 
 
@@ -89,13 +111,18 @@ def _run(
     num_layers: int,
     backend: str,
     measure: bool,
+    names: Sequence[str] | None = None,
 ) -> Tensor:
     """Returns float64 [3, num_layers]. Addresses are known here, so this is where pairs are checked and planned."""
+    if weight.device.type == "cpu":
+        check_decay(1.0 - weight.item())  # a compiled step may have left a tensor in it
     chosen = choose_backend(backend, weight.device)
 
     def build() -> Plan:
-        check_materialised(targets, sources, copies)
-        check_pairs(targets, sources, copies)
+        check_pairs(targets, sources, copies, names)
+        written = [(label("target", i, names), t) for i, t in enumerate(targets)]
+        written += [(label("copy", i, names), c) for i, c in enumerate(copies)]
+        check_overlap(written, [(label("source", i, names), s) for i, s in enumerate(sources)])
         return make_plan(chosen, targets, sources, copies, layers, num_layers)
 
     plan = _plans.get(chosen, targets, sources, copies, layers, build)
@@ -103,7 +130,21 @@ def _run(
     return sums if measure else weight.new_full((3, num_layers), math.nan)
 
 
-_update = torch.library.custom_op("fused_ema::update_", _run, mutates_args=("targets", "copies"))
+def _operator(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    copies: list[Tensor],
+    weight: Tensor,
+    gate: Tensor | None,
+    layers: list[int],
+    num_layers: int,
+    backend: str,
+    measure: bool,
+) -> Tensor:
+    return _run(targets, sources, copies, weight, gate, layers, num_layers, backend, measure)
+
+
+_update = torch.library.custom_op("fused_ema::update_", _operator, mutates_args=("targets", "copies"))
 
 
 @_update.register_fake
@@ -118,14 +159,22 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if torch.compiler.is_compiling() else tensor._local_tensor  # type: ignore[attr-defined]
 
 
-def locals_of(tensors: Iterable[Tensor], role: str = "tensor") -> list[Tensor]:
-    tensors = list(tensors)
-    if _PLAIN.issuperset(map(type, tensors)):
-        return tensors
-    for i, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{role} {i} is a {type(tensor).__name__}, not a tensor")
-    return [local(t) for t in tensors]
+def locals_of(
+    tensors: Iterable[Tensor], others: Iterable[Tensor], role: str, other_role: str, names: Sequence[str] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Two lists that must pair up, DTensors as their shards. Raises ValueError or TypeError if they do not."""
+    tensors, others = list(tensors), list(others)
+    if len(tensors) != len(others):
+        many = "copies" if role == "copy" else f"{role}s"
+        raise ValueError(f"{len(tensors)} {many} but {len(others)} {other_role}s; they must pair up")
+    if _PLAIN.issuperset(map(type, tensors)) and _PLAIN.issuperset(map(type, others)):
+        return tensors, others
+    for i, pair in enumerate(zip(tensors, others, strict=True)):
+        for which, tensor in zip((role, other_role), pair, strict=True):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{label(which, i, names)} is a {type(tensor).__name__}, not a tensor")
+        check_placements(label(role, i, names), pair[0], label(other_role, i, names), pair[1])
+    return [local(t) for t in tensors], [local(t) for t in others]
 
 
 def _traced(tensors: Sequence[Tensor]) -> bool:
@@ -145,9 +194,9 @@ def _weight(decay: float | Tensor, device: torch.device) -> Tensor:
             raise TypeError(f"a decay tensor must be 0-dim float64, got {decay.dtype} {list(decay.shape)}")
         if decay.device != device:
             raise ValueError(f"the decay tensor is on {decay.device}, the targets on {device}")
-        return 1.0 - decay
+        return 1.0 - decay.detach()
     check_decay(decay)
     return torch.full((), 1.0 - float(decay), dtype=torch.float64, device=device)
 
 
-__all__ = ["LayerStats", "available_backends", "ema_update_", "local"]
+__all__ = ["LayerStats", "available_backends", "ema_distances", "ema_update_", "local"]

@@ -1,11 +1,15 @@
 """Which tensor of one module is averaged into which of the other: by name, every storage once."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from fused_ema.op import local, locals_of
+from fused_ema.check import check_dense, check_dtype, check_overlap, check_placements
+from fused_ema.op import local
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and activation checkpointing put into names
 
 
 class Slot(NamedTuple):
@@ -21,83 +25,148 @@ class Slot(NamedTuple):
         return tensor
 
 
-def locals_in(slots: Iterable[Slot]) -> list[Tensor]:
-    """What the slots hold now, DTensors as their shards."""
-    return locals_of([slot.table[slot.key] for slot in slots])  # type: ignore[misc]
-
-
 class Pair(NamedTuple):
+    kind: str  # parameter or buffer
     name: str
     source: Slot
     target: Slot
 
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r}"
+
+
+def locals_in(slots: Iterable[Slot]) -> list[Tensor]:
+    """What the slots hold now, DTensors as their shards."""
+    return [local(slot.table[slot.key]) for slot in slots]  # type: ignore[arg-type]
+
 
 def parameter_slots(module: nn.Module) -> dict[str, Slot]:
-    return {prefix + key: Slot(owner._parameters, key) for prefix, owner in _owners(module) for key in owner._parameters
-            if owner._parameters[key] is not None}  # fmt: skip
+    return _slots(module, lambda owner: owner._parameters)
 
 
 def buffer_slots(module: nn.Module) -> dict[str, Slot]:
-    return {prefix + key: Slot(owner._buffers, key) for prefix, owner in _owners(module) for key in owner._buffers
-            if owner._buffers[key] is not None}  # fmt: skip
+    return _slots(module, lambda owner: owner._buffers)
 
 
-def _owners(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, owner in module.named_modules(remove_duplicate=False):
-        # torch.compile, DDP and activation checkpointing wrap a module and put their own word into its names
-        name = name.replace("_orig_mod", "").replace("_checkpoint_wrapped_module", "")
-        parts = [part for part in name.split(".") if part]
-        yield "".join(part + "." for part in parts), owner
+def _slots(module: nn.Module, table_of: Callable[[nn.Module], Mapping[str, Tensor | None]]) -> dict[str, Slot]:
+    slots: dict[str, Slot] = {}
+    for prefix, owner in _owners(module):
+        for key, tensor in table_of(owner).items():
+            if tensor is None:
+                continue
+            if prefix + key in slots:
+                raise ValueError(f"two tensors are called {prefix + key!r} once wrappers are taken out of their names")
+            slots[prefix + key] = Slot(table_of(owner), key)
+    return slots
 
 
-def pair_slots(kind: str, mine: dict[str, Slot], theirs: dict[str, Slot]) -> list[Pair]:
+def _owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every submodule and the prefix of its tensors' names, wrappers (compile, DDP, checkpointing) left out."""
+    yield prefix, module
+    for key, child in module._modules.items():
+        if child is not None:
+            wraps = key in _WRAPPED or (key == "module" and isinstance(module, DistributedDataParallel | DataParallel))
+            yield from _owners(child, prefix if wraps else f"{prefix}{key}.")
+
+
+Roles = tuple[str, str]  # what errors call the two modules
+
+
+def pair_modules(model: nn.Module, target: nn.Module, buffers: bool, roles: Roles = ("model", "target")) -> list[Pair]:
+    """All parameters and then, if wished, all buffers."""
+    pairs = _pair_slots("parameter", parameter_slots(model), parameter_slots(target), roles)
+    return pairs + (_pair_slots("buffer", buffer_slots(model), buffer_slots(target), roles) if buffers else [])
+
+
+def _pair_slots(kind: str, mine: dict[str, Slot], theirs: dict[str, Slot], roles: Roles) -> list[Pair]:
     """Pairs by name; tensors tied in the target (one storage, several names) once, under their first name.
 
-    Raises ValueError on a name that only one module has, a shape, placement or tying that differs, shared memory.
+    Raises ValueError or TypeError on a name that only one module has, a shape, placement or tying that differs, what is
+    not dense.
     """
     lone = sorted(set(mine) ^ set(theirs))
     if lone:
-        raise ValueError(f"{kind} {lone[0]!r} is in only one of the two modules ({len(lone)} such)")
+        has, lacks = roles if lone[0] in mine else roles[::-1]
+        raise ValueError(
+            f"{kind} {lone[0]!r} is in the {has} and not in the {lacks} ({len(lone)} such); "
+            "give the modules, or submodules, that have the same names"
+        )
     pairs: list[Pair] = []
     seen: dict[tuple, Pair] = {}
     for name, source in mine.items():
-        pair = Pair(name, source, theirs[name])
-        target_key, source_key = storage_key(pair.target.tensor), storage_key(source.tensor)
-        _check_alike(kind, pair)
-        first = seen.setdefault(target_key, pair)
+        pair = Pair(kind, name, source, theirs[name])
+        check_alike(pair, roles)
+        first = seen.setdefault(storage_key(pair.target.tensor), pair)
         if first is pair:
             pairs.append(pair)
-        elif storage_key(first.source.tensor) != source_key:
-            raise ValueError(f"{kind} {first.name!r} and {name!r} are tied in the target but not in the model")
+        elif storage_key(first.source.tensor) != storage_key(source.tensor):
+            raise ValueError(f"{first} and {name!r} are tied in the {roles[1]} but not in the {roles[0]}")
     return pairs
 
 
 def storage_key(tensor: Tensor) -> tuple:
     """Equal for tensors that are the same memory.
 
-    Where there is none (empty shards, meta) the object itself: what one process ties, all tie, or they would not agree on
-    the names.
+    Where there is none (empty shards) the object itself: what one process ties, all tie, or they would not agree on the
+    names.
     """
     shard = local(tensor)
-    if shard.device.type == "meta" or not shard.numel():
+    if not shard.numel():
         return (id(tensor),)
     return (shard.device, shard.data_ptr(), tuple(shard.shape), shard.stride())
 
 
-def _check_alike(kind: str, pair: Pair) -> None:
+def check_alike(pair: Pair, roles: Roles = ("model", "target")) -> None:
+    """Raises ValueError or TypeError, naming the pair, if the one cannot be copied or averaged into the other."""
+    role, other_role = roles
     source, target = pair.source.tensor, pair.target.tensor
+    mine, theirs = f"{pair} of the {role}", f"{pair} of the {other_role}"
+    for name, tensor in ((mine, source), (theirs, target)):
+        check_dense(name, tensor)
     if source.shape != target.shape:
-        raise ValueError(
-            f"{kind} {pair.name!r} is {list(source.shape)} in the model and {list(target.shape)} in the target"
-        )
+        raise ValueError(f"{pair} is {list(source.shape)} in the {role} and {list(target.shape)} in the {other_role}")
+    if source.is_floating_point() != target.is_floating_point() or source.is_complex() != target.is_complex():
+        raise TypeError(f"{pair} is {source.dtype} in the {role} and {target.dtype} in the {other_role}")
     if storage_key(source) == storage_key(target):
-        raise ValueError(
-            f"{kind} {pair.name!r} is the same tensor in both modules; the average needs storage of its own"
-        )
-    mine, theirs = getattr(source, "placements", None), getattr(target, "placements", None)
-    if mine != theirs or getattr(source, "device_mesh", None) != getattr(target, "device_mesh", None):
-        raise ValueError(
-            f"{kind} {pair.name!r} is sharded as {mine} in the model and {theirs} in the target; shard both alike"
-        )
-    if mine and any(p.is_partial() for p in mine):
-        raise ValueError(f"{kind} {pair.name!r} holds partial sums ({mine}); redistribute it first")
+        raise ValueError(f"{pair} is the same tensor in both modules; the average needs storage of its own")
+    if hasattr(source, "placements") != hasattr(target, "placements"):
+        cut, whole = (role, other_role) if hasattr(source, "placements") else (other_role, role)
+        raise ValueError(f"{pair} is sharded in the {cut} and not in the {whole}; shard both alike")
+    check_placements(mine, source, theirs, target)
+
+
+def part(pairs: Iterable[Pair], average_buffers: bool) -> tuple[list[Pair], list[Pair]]:
+    """(averaged, copied): floating parameters, and floating buffers if wished, are averaged; all else is copied.
+
+    Raises TypeError on a complex parameter: copied it would be no average, and nobody would notice.
+    """
+    averaged: list[Pair] = []
+    copied: list[Pair] = []
+    for pair in pairs:
+        tensor = pair.source.tensor
+        if pair.kind == "parameter" and tensor.is_complex():
+            check_dtype(str(pair), tensor)
+        moves = tensor.is_floating_point() and (pair.kind == "parameter" or average_buffers)
+        if moves:
+            check_dtype(f"{pair} of the model", tensor)
+            check_dtype(f"{pair} of the target", pair.target.tensor)
+        (averaged if moves else copied).append(pair)
+    return averaged, copied
+
+
+def part_alike(mirrored: list[Pair], averaged: list[Pair], copied: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Pairs of the averaged module and its mirror in the order of the averaged, and of the copied pairs."""
+    by_name = {str(pair): pair for pair in mirrored}
+    if by_name.keys() != {str(pair) for pair in averaged + copied}:
+        raise ValueError("the mirror's parameters or buffers are tied otherwise than the averaged module's")
+    for pair in averaged:
+        check_dtype(f"{pair} of the mirror", by_name[str(pair)].target.tensor)
+    return [by_name[str(p)] for p in averaged], [by_name[str(p)] for p in copied]
+
+
+def check_apart(pairs: Iterable[Pair], mirrored: Iterable[Pair]) -> None:
+    """Nothing that is written may be read, or written twice."""
+    pairs, mirrored = list(pairs), list(mirrored)
+    written = [(f"{p} of the target", local(p.target.tensor)) for p in pairs]
+    written += [(f"{p} of the mirror", local(p.target.tensor)) for p in mirrored]
+    check_overlap(written, [(f"{p} of the model", local(p.source.tensor)) for p in pairs])

@@ -24,10 +24,10 @@ class Plan(Protocol):
 
 
 class PlanCache:
-    """Plans by what they depend on: addresses, shapes, dtypes and layout of every tensor, and the layers.
+    """Plans by what they depend on: address, shape, strides and dtype of every tensor, and the layers.
 
     A tensor freed and replaced by another at the same address with the same description needs the same plan, so an
-    entry never goes stale. Non-contiguous views are planned anew each time. No device: an address says it.
+    entry never goes stale. No device: an address says it.
     """
 
     def __init__(self, capacity: int):
@@ -45,11 +45,12 @@ class PlanCache:
         build: Callable[[], Plan],
     ) -> Plan:
         tensors = [*targets, *sources, *copies]
-        if not all(map(Tensor.is_contiguous, tensors)):  # nor is a sparse tensor
+        try:
+            described = _described(tensors)
+        except RuntimeError:  # a tensor without an address
             return build()
         in_graph = any([t.requires_grad and not t.is_leaf for t in (*targets, *copies)])  # noqa: C419  a list is the faster here
-        shapes, dtypes = tuple([t.shape for t in tensors]), tuple([t.dtype for t in tensors])
-        key = (backend, len(targets), tuple(map(Tensor.data_ptr, tensors)), shapes, dtypes, tuple(layers), in_graph)
+        key = (backend, len(targets), described, tuple(layers), in_graph)
         plan = self._entries.pop(key, None) or build()
         self._entries[key] = plan  # as the youngest
         if tensors and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -57,3 +58,12 @@ class PlanCache:
         if len(self._entries) > self._capacity:
             self._entries.pop(next(iter(self._entries)), None)
         return plan
+
+
+def _described(tensors: list[Tensor]) -> Hashable:
+    """Raises RuntimeError for tensors that have no address (sparse, nested)."""
+    addresses, shapes = tuple(map(Tensor.data_ptr, tensors)), tuple([t.shape for t in tensors])
+    dtypes = tuple([t.dtype for t in tensors])
+    if all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors)):
+        return addresses, shapes, dtypes
+    return addresses, shapes, dtypes, tuple(map(Tensor.stride, tensors)), tuple(map(Tensor.is_neg, tensors))

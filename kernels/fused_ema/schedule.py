@@ -1,6 +1,7 @@
 """Decay over time, and the adaptor for torch.optim.swa_utils.AveragedModel."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -16,7 +17,11 @@ def warmup(decay: float, gamma: float = 1.0, power: float = 2 / 3) -> Callable[[
     check_decay(decay)
     if gamma <= 0 or power <= 0:
         raise ValueError(f"gamma {gamma} and power {power} must be above 0")
-    return lambda num_updates: min(decay, 1.0 - (1.0 + num_updates / gamma) ** -power)
+    return partial(_ramp, float(decay), gamma, power)  # and no closure: it can be pickled
+
+
+def _ramp(decay: float, gamma: float, power: float, num_updates: int) -> float:
+    return min(decay, 1.0 - (1.0 + num_updates / gamma) ** -power)
 
 
 def multi_avg_fn(
@@ -30,13 +35,19 @@ def multi_avg_fn(
     if not callable(decay):
         check_decay(decay)
 
-    def average(averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor | int) -> None:
-        now = decay(int(num_averaged)) if callable(decay) else decay
-        pairs = list(zip(averaged, current, strict=True))
-        floating = [pair for pair in pairs if pair[0].is_floating_point()]
-        ema_update_([a for a, _ in floating], [c for _, c in floating], now)
-        for mean, value in pairs:
-            if not mean.is_floating_point():
-                mean.copy_(mean * now + value * (1 - now))
+    return partial(_average, decay)
 
-    return average
+
+def _average(
+    decay: float | Callable[[int], float],
+    averaged: Sequence[Tensor],
+    current: Sequence[Tensor],
+    num_averaged: Tensor | int,
+) -> None:
+    now = decay(int(num_averaged)) if callable(decay) else decay
+    pairs = list(zip(averaged, current, strict=True))
+    floating = [pair for pair in pairs if pair[0].is_floating_point()]
+    ema_update_([a for a, _ in floating], [c for _, c in floating], now)
+    for mean, value in pairs:
+        if not mean.is_floating_point():
+            mean.copy_(mean * now + value * (1 - now))

@@ -37,7 +37,8 @@ def _step(
         stored = tl.load(average_ptr + offsets, eviction_policy="evict_first")
     average = stored.to(tl.float32)
     base = tl.where(from_target, average, theta)
-    after = (base + factor * (theta - average)).to(stored.dtype)
+    stays = (theta == average) | (factor == 0.0)  # signed zeros and infinities too
+    after = tl.where(stays, base, base + factor * (theta - average)).to(stored.dtype)
     if HAS_GATE:
         after = tl.where(is_open, after, stored)
     if MASKED:
