@@ -96,6 +96,18 @@ class TestInterpreted:
         check_against_reference([base[1:102]], [source])
         assert base[0] == base[102] == 0
 
+    def test_what_does_not_move_keeps_its_sign_and_its_infinity(self):
+        still = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf, 1.0])
+        wild = torch.tensor([torch.nan, torch.inf, -0.0, 2.0, -0.0])
+        for start, decay, end in ((still, 0.9, still), (still, 0.2, still), (wild, 1.0, wild), (wild, 0.0, still)):
+            average = start.clone()
+            ema_update_([average], [still], decay, backend="triton")
+            assert torch.equal(average.view(torch.int32), end.view(torch.int32)), decay
+
+    def test_channels_last_and_float64(self):
+        theta, average = (torch.randn(4, 5, 3, 3).to(memory_format=torch.channels_last) for _ in range(2))
+        check_against_reference([average, torch.zeros(9).double()], [theta, torch.ones(9).double()])
+
     def test_views_that_are_not_contiguous(self):
         base, source = torch.zeros(8, 10), torch.randn(8, 5)
         ema_update_([base[:, ::2]], [source], 0.0, backend="triton")
@@ -136,8 +148,12 @@ class TestInterpreted:
     @pytest.mark.slow
     def test_ten_thousand_tiny_tensors(self):
         targets, sources = make([3] * 10_000)
-        ema_update_(targets, sources, 0.0, backend="triton")
+        layers = [i % 7 for i in range(10_000)]  # not a layer each: the interpreter takes a millisecond a program
+        stats = ema_update_(targets, sources, 0.0, layers=layers, backend="triton")
         assert torch.equal(torch.cat(targets), torch.cat(sources))
+        norms = torch.zeros(7, dtype=torch.float64)
+        norms.index_add_(0, torch.tensor(layers), torch.stack(sources).double().square().sum(1))
+        torch.testing.assert_close(stats.source_sq, norms, rtol=1e-6, atol=0)
 
     def test_nothing_at_all(self):
         assert ema_update_([torch.zeros(0)], [torch.zeros(0)], 0.5, backend="triton").distance_sq.tolist() == [0]

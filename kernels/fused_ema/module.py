@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_ema.check import check_decay, check_gate
 from fused_ema.frozen import frozen_copy
 from fused_ema.op import LayerStats, ema_distances, ema_update_, local
-from fused_ema.pairs import Pair, check_alike, check_apart, locals_in, pair_modules, part, part_alike
+from fused_ema.pairs import Pair, check_alike, check_apart, check_model, locals_in, pair_modules, part, part_alike
 from fused_ema.sharding import fsdp_modules, reshard, sum_over_shards
 from fused_ema.spectral import SpectralDrift
 from fused_ema.staging import Staging
@@ -54,6 +54,7 @@ class FusedEMA:
             check_decay(decay)
         if target is not None and device is not None:
             raise ValueError("device= is for the copy that FusedEMA makes; move the target itself instead")
+        check_model(model, buffers != "ignore")
         self.decay, self.model, self.backend, self.num_updates = decay, model, backend, 0
         reshard(fsdp_modules(model))  # parameters that a forward has left gathered look unsharded
         self.module = frozen_copy(model, device) if target is None else target
@@ -119,8 +120,13 @@ class FusedEMA:
 
     def _operands(self) -> tuple[list[Tensor], list[Tensor]]:
         """(targets, sources) of all that is averaged; sources staged where the average is kept in host memory."""
-        targets = locals_in(p.target for p in self._averaged)
-        return targets, self._staging.on_device_of(targets, locals_in(p.source for p in self._averaged))
+        try:
+            targets, sources = locals_in(p.target for p in self._averaged), locals_in(p.source for p in self._averaged)
+        except (KeyError, TypeError):  # one was taken out of its module: which?
+            for pair in self._averaged:
+                check_alike(pair)
+            raise
+        return targets, self._staging.on_device_of(targets, sources)
 
     def _of_parameters(self, stats: LayerStats) -> LayerStats:
         """Without the averaged buffers."""
@@ -186,6 +192,8 @@ class FusedEMA:
         """
         pairs = self._averaged + self._copied
         reshard(self._fsdp)
+        for pair in pairs:
+            check_alike(pair)
         with torch.no_grad():
             own = [tensor.clone() for tensor in locals_in(p.source for p in pairs)]
         try:

@@ -154,7 +154,11 @@ def _(targets, sources, copies, weight, gate, layers, num_layers, backend, measu
 
 def local(tensor: Tensor) -> Tensor:
     """A DTensor's shard, the live storage and not a copy; any other tensor itself."""
-    if type(tensor) in _PLAIN or not hasattr(tensor, "to_local"):
+    if type(tensor) in _PLAIN:
+        return tensor
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"a tensor is needed, got {tensor!r}")
+    if not hasattr(tensor, "to_local"):
         return tensor
     return tensor.to_local() if torch.compiler.is_compiling() else tensor._local_tensor  # type: ignore[attr-defined]
 

@@ -20,9 +20,8 @@ class Slot(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        tensor = self.table[self.key]
-        assert tensor is not None
-        return tensor
+        """None, which checks refuse, if the owner has dropped it."""
+        return self.table.get(self.key)  # type: ignore[return-value]
 
 
 class Pair(NamedTuple):
@@ -72,6 +71,15 @@ def _owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
 Roles = tuple[str, str]  # what errors call the two modules
 
 
+def check_model(model: nn.Module, buffers: bool) -> None:
+    """Raises ValueError or TypeError, naming the tensor, if the model cannot be copied."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
+    for kind, slots in (("parameter", parameter_slots(model)), ("buffer", buffer_slots(model) if buffers else {})):
+        for name, slot in slots.items():
+            check_dense(f"{kind} {name!r} of the model", slot.tensor)
+
+
 def pair_modules(model: nn.Module, target: nn.Module, buffers: bool, roles: Roles = ("model", "target")) -> list[Pair]:
     """All parameters and then, if wished, all buffers."""
     pairs = _pair_slots("parameter", parameter_slots(model), parameter_slots(target), roles)
@@ -96,6 +104,8 @@ def _pair_slots(kind: str, mine: dict[str, Slot], theirs: dict[str, Slot], roles
     for name, source in mine.items():
         pair = Pair(kind, name, source, theirs[name])
         check_alike(pair, roles)
+        if storage_key(source.tensor) == storage_key(pair.target.tensor):
+            raise ValueError(f"{pair} is the same tensor in both modules; the average needs storage of its own")
         first = seen.setdefault(storage_key(pair.target.tensor), pair)
         if first is pair:
             pairs.append(pair)
@@ -122,13 +132,13 @@ def check_alike(pair: Pair, roles: Roles = ("model", "target")) -> None:
     source, target = pair.source.tensor, pair.target.tensor
     mine, theirs = f"{pair} of the {role}", f"{pair} of the {other_role}"
     for name, tensor in ((mine, source), (theirs, target)):
+        if tensor is None:
+            raise ValueError(f"{name} is gone since the two modules were paired; pair them anew")
         check_dense(name, tensor)
     if source.shape != target.shape:
         raise ValueError(f"{pair} is {list(source.shape)} in the {role} and {list(target.shape)} in the {other_role}")
     if source.is_floating_point() != target.is_floating_point() or source.is_complex() != target.is_complex():
         raise TypeError(f"{pair} is {source.dtype} in the {role} and {target.dtype} in the {other_role}")
-    if storage_key(source) == storage_key(target):
-        raise ValueError(f"{pair} is the same tensor in both modules; the average needs storage of its own")
     if hasattr(source, "placements") != hasattr(target, "placements"):
         cut, whole = (role, other_role) if hasattr(source, "placements") else (other_role, role)
         raise ValueError(f"{pair} is sharded in the {cut} and not in the {whole}; shard both alike")

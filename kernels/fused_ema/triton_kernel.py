@@ -37,8 +37,8 @@ def _step(
         stored = tl.load(average_ptr + offsets, eviction_policy="evict_first")
     average = stored.to(tl.float32)
     base = tl.where(from_target, average, theta)
-    stays = (theta == average) | (factor == 0.0)  # signed zeros and infinities too
-    after = tl.where(stays, base, base + factor * (theta - average)).to(stored.dtype)
+    moved = tl.where(theta == average, base, base + factor * (theta - average))  # signed zeros and infinities stay
+    after = tl.where(factor == 0.0, base, moved).to(stored.dtype)
     if HAS_GATE:
         after = tl.where(is_open, after, stored)
     if MASKED:
