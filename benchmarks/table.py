@@ -1,8 +1,9 @@
 """Documents from rows: `python -m benchmarks.table` fills the marked blocks of DOCUMENTS and draws the figures.
 
-A block is what stands between `<!-- begin rows BENCH [METRIC ...] -->` or `<!-- begin computed NAME -->` and
-`<!-- end -->`. The first is a table and a figure of the newest rows of each device, shape and dtype; the second what a
-function in `benchmarks/predict.py` computes. `--check` only says whether the documents are up to date.
+A block is what stands between `<!-- begin rows BENCH [METRIC ...] -->`, `<!-- begin newest BENCH METRIC ... of PROVIDER ...
+-->` or `<!-- begin computed NAME -->` and `<!-- end -->`. The first is a table and a figure of the newest rows of each
+device, shape and dtype; the second a short table of the CPU and of the GPU measured last; the third what a function in
+`benchmarks/predict.py` computes. `--check` only says whether the documents are up to date.
 """
 
 import argparse
@@ -17,8 +18,10 @@ from benchmarks.harness import render
 from benchmarks.machine import ROOT
 from benchmarks.rows import Row
 
-DOCUMENTS = ("benchmarks/README.md", "benchmarks/GPU.md", "docs/performance.md", "docs/scaling.md")
-BLOCK = re.compile(r"<!-- begin (rows|computed) ([^>]+?) -->\n(.*?)<!-- end -->", re.DOTALL)
+DOCUMENTS = (
+    "benchmarks/README.md", "benchmarks/GPU.md", "docs/performance.md", "docs/scaling.md", "kernels/fused_ema/README.md",
+)  # fmt: skip
+BLOCK = re.compile(r"<!-- begin (rows|newest|computed) ([^>]+?) -->\n(.*?)<!-- end -->", re.DOTALL)
 # What a benchmark is about: this metric is drawn and shown with its spread.
 HEADLINE = {
     "ema": "fraction_of_copy_bandwidth",
@@ -66,6 +69,12 @@ def fill(text: str, found: list[Row], here: Path, root: Path) -> str:
         kind, name = match[1], match[2]
         if kind == "computed":
             body = predict.BLOCKS[name]()
+        elif kind == "newest":
+            subject, _, providers = name.partition(" of ")
+            bench, *metrics = subject.split()
+            mine = newest_devices(r for r in found if r["bench"] == bench)
+            mine = [r for r in mine if r["provider"] in ("machine", *providers.split()) or r["metric"] == "ceiling"]
+            body = section(bench, mine, metrics, "")
         else:
             bench, *metrics = name.split()
             figures = os.path.relpath(root / "benchmarks" / "figures", here)
@@ -95,6 +104,16 @@ def latest(found: Iterable[Row]) -> list[Row]:
         key = (row["device"], row["shape"], row["dtype"])
         last[key] = max(last.get(key, ""), row["date"])
     return [r for r in found if r["date"] == last[r["device"], r["shape"], r["dtype"]]]
+
+
+def newest_devices(found: Iterable[Row]) -> list[Row]:
+    """The rows of the CPU that was measured last, and of the GPU (which has a driver)."""
+    found = list(found)
+    last: dict[bool, tuple[str, str]] = {}
+    for row in found:
+        kind = bool(row["driver"])
+        last[kind] = max(last.get(kind, ("", "")), (row["date"], row["device"]))
+    return [r for r in found if r["device"] == last[bool(r["driver"])][1]]
 
 
 def section(bench: str, found: list[Row], metrics: list[str], figures: str) -> str:

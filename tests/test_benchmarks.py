@@ -277,6 +277,16 @@ def test_documents_are_filled_from_the_newest_rows_and_stay_as_they_are_elsewher
     assert "toy small float32" in capsys.readouterr().out
 
 
+def test_a_short_table_holds_the_machine_measured_last_and_the_providers_asked_for(tmp_path):
+    found = [toy_rows("3", device="An old CPU"), toy_rows("2", "2026-02-01 00:00"), toy_rows("5", provider="theirs")]
+    found += [toy_rows("4", "2026-02-01 00:00", provider="theirs"), toy_rows("7", "2026-02-01 00:00", provider="other")]
+    block = "<!-- begin newest toy ms of ours theirs -->\n<!-- end -->"
+    rows.append(found, tmp_path / "toy.csv")
+    text = table.fill(block, rows.read(tmp_path), tmp_path, tmp_path)
+    assert "| ours | 2" in text and "| theirs | 4" in text
+    assert "An old CPU" not in text and "other" not in text
+
+
 def test_a_document_out_of_date_is_told(tmp_path, capsys):
     render_into(tmp_path, [toy_rows("2")])
     rows.append([toy_rows("1", "2027-01-01 00:00")], tmp_path / "toy.csv")
