@@ -163,6 +163,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if torch.compiler.is_compiling() else tensor._local_tensor  # type: ignore[attr-defined]
 
 
+def shards(tensors: list[Tensor]) -> list[Tensor]:
+    """DTensors as their shards."""
+    return tensors if _PLAIN.issuperset(map(type, tensors)) else [local(t) for t in tensors]
+
+
 def locals_of(
     tensors: Iterable[Tensor], others: Iterable[Tensor], role: str, other_role: str, names: Sequence[str] | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -178,7 +183,7 @@ def locals_of(
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{label(which, i, names)} is a {type(tensor).__name__}, not a tensor")
         check_placements(label(role, i, names), pair[0], label(other_role, i, names), pair[1])
-    return [local(t) for t in tensors], [local(t) for t in others]
+    return shards(tensors), shards(others)
 
 
 def _traced(tensors: Sequence[Tensor]) -> bool:

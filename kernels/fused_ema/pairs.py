@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fused_ema.check import check_dense, check_dtype, check_overlap, check_placements
-from fused_ema.op import local
+from fused_ema.op import local, shards
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and activation checkpointing put into names
 
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 def locals_in(slots: Iterable[Slot]) -> list[Tensor]:
     """What the slots hold now, DTensors as their shards."""
-    return [local(slot.table[slot.key]) for slot in slots]  # type: ignore[arg-type]
+    return shards([slot.table[slot.key] for slot in slots])  # type: ignore[misc]
 
 
 def parameter_slots(module: nn.Module) -> dict[str, Slot]:
