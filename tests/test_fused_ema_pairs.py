@@ -183,5 +183,8 @@ def test_modules_that_do_not_match_are_refused_by_name():
         FusedEMA(nn.Linear(3, 2), target=nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"decay is 1\.5"):
         FusedEMA(model, decay=1.5)
+    for arguments in ({"model": [torch.zeros(2)]}, {"model": model, "target": "x"}, {"model": model, "mirror": "x"}):
+        with pytest.raises(TypeError, match=r"not a torch\.nn\.Module"):
+            FusedEMA(**arguments)
     with pytest.raises(ValueError, match="buffers='all'"):
         FusedEMA(model, buffers="all")

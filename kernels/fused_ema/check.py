@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+MAX_LAYER = 2**24 - 1  # the result has an entry for every number up to the largest
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take; float64 is plain torch's
 
 
@@ -92,8 +93,8 @@ def check_layers(layers: Sequence[int], num_tensors: int) -> None:
     for i, layer in enumerate(layers):
         if isinstance(layer, bool) or not isinstance(layer, numbers.Integral):
             raise TypeError(f"layers[{i}] is {layer!r}; layer numbers are whole numbers from 0")
-        if layer < 0:
-            raise ValueError(f"layers[{i}] is {layer}; layer numbers are whole numbers from 0")
+        if not 0 <= layer <= MAX_LAYER:
+            raise ValueError(f"layers[{i}] is {layer}; layer numbers are whole numbers from 0 to {MAX_LAYER}")
 
 
 def check_decay(decay: float) -> None:

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from fused_ema.check import check_decay, check_gate
 from fused_ema.frozen import frozen_copy
 from fused_ema.op import LayerStats, ema_distances, ema_update_, local
-from fused_ema.pairs import Pair, check_alike, check_apart, check_model, locals_in, pair_modules, part, part_alike
+from fused_ema.pairs import (
+    Pair,
+    check_alike,
+    check_apart,
+    check_model,
+    check_module,
+    locals_in,
+    pair_modules,
+    part,
+    part_alike,
+)
 from fused_ema.sharding import fsdp_modules, reshard, sum_over_shards
 from fused_ema.spectral import SpectralDrift
 from fused_ema.staging import Staging
@@ -57,6 +67,9 @@ class FusedEMA:
         check_model(model, buffers != "ignore")
         self.decay, self.model, self.backend, self.num_updates = decay, model, backend, 0
         reshard(fsdp_modules(model))  # parameters that a forward has left gathered look unsharded
+        for role, module in (("target", target), ("mirror", mirror)):
+            if module is not None:
+                check_module(role, module)
         self.module = frozen_copy(model, device) if target is None else target
         self.stats: LayerStats | None = None
         """Of the last update: one entry per name, on the device. Sums of this rank's shards, under FSDP2."""
@@ -106,7 +119,7 @@ class FusedEMA:
         measured = ema_update_(
             targets, sources, decay.to(device) if isinstance(decay, Tensor) else decay,
             gate=None if gate is None else gate.to(device), backend=self.backend, stats=stats, names=self._labels,
-            copies=locals_in(p.target for p in self._mirror),
+            copies=locals_in(p.target for p in self._mirror) if self._mirror else None,
         )  # fmt: skip
         for _, _, source, target in self._copied:
             mine, theirs = local(source.tensor), local(target.tensor)

@@ -74,7 +74,7 @@ def ema_distances(
 
 def _run_pass(targets, sources, decay, layers, gate, backend, copies, stats, names, *, writes: bool) -> LayerStats:
     targets, sources = locals_of(targets, sources, "target", "source", names)
-    copied = locals_of(copies, targets, "copy", "target", names)[0] if copies else []
+    copied = locals_of(copies, targets, "copy", "target", names)[0] if copies is not None else []
     if layers is None:
         numbers_ = list(range(len(targets)))
     else:
@@ -172,9 +172,13 @@ def locals_of(
     tensors: Iterable[Tensor], others: Iterable[Tensor], role: str, other_role: str, names: Sequence[str] | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Two lists that must pair up, DTensors as their shards. Raises ValueError or TypeError if they do not."""
+    many = "copies" if role == "copy" else f"{role}s"
+    if isinstance(tensors, Tensor) or isinstance(others, Tensor):
+        raise TypeError(f"{many} and {other_role}s must be lists of tensors, got a tensor; write [tensor]")
     tensors, others = list(tensors), list(others)
+    if names is not None and len(names) != len(tensors):
+        raise ValueError(f"{len(names)} names for {len(tensors)} {many}")
     if len(tensors) != len(others):
-        many = "copies" if role == "copy" else f"{role}s"
         raise ValueError(f"{len(tensors)} {many} but {len(others)} {other_role}s; they must pair up")
     if _PLAIN.issuperset(map(type, tensors)) and _PLAIN.issuperset(map(type, others)):
         return tensors, others

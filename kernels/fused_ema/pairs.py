@@ -71,10 +71,14 @@ def _owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
 Roles = tuple[str, str]  # what errors call the two modules
 
 
+def check_module(role: str, module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"the {role} is a {type(module).__name__}, not a torch.nn.Module")
+
+
 def check_model(model: nn.Module, buffers: bool) -> None:
     """Raises ValueError or TypeError, naming the tensor, if the model cannot be copied."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
+    check_module("model", model)
     for kind, slots in (("parameter", parameter_slots(model)), ("buffer", buffer_slots(model) if buffers else {})):
         for name, slot in slots.items():
             check_dense(f"{kind} {name!r} of the model", slot.tensor)
