@@ -164,6 +164,14 @@ def test_a_gate_or_decay_of_the_wrong_kind_is_refused():
     assert ema.num_updates == 0
 
 
+def test_a_module_without_parameters_is_no_special_case():
+    ema = FusedEMA(nn.ReLU())
+    ema.update()
+    with ema.swap():
+        pass
+    assert ema.distances() == ema.spectral_distances() == {}
+
+
 def test_an_update_compiles_as_a_whole():
     model = network()
     ema, plain = FusedEMA(model, decay=0.9), FusedEMA(model, decay=0.9)

@@ -154,6 +154,22 @@ def test_an_update_that_cannot_be_finished_is_not_begun(mode, how):
 
 
 @pytest.mark.parametrize("mode", ["copy", "ema"])
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_a_mirror_that_no_longer_fits_stops_an_update_before_it_begins(mode, kind):
+    model, mirror = network(), network().bfloat16()
+    ema = FusedEMA(model, decay=0.5, buffers=mode, mirror=mirror)
+    before = {k: v.clone() for k, v in ema.module.state_dict().items()}
+    move(model)
+    if kind == "parameter":
+        mirror[0].weight = nn.Parameter(torch.zeros(2, 2))
+    else:
+        mirror[1].running_var = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"0\.weight" if kind == "parameter" else r"1\.running_var"):
+        ema.update()
+    assert all(torch.equal(before[k], v) for k, v in ema.module.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", ["copy", "ema"])
 def test_a_float64_buffer_is_served(mode):
     model = network()
     model[1].running_mean = model[1].running_mean.double()

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ from fused_ema.staging import Staging
 
 _BLOCK = re.compile(r"^(.*?\.\d+)(?:\.|$)")  # 'blocks.3.attn.qkv.weight' -> 'blocks.3'
 
+MIRROR = ("averaged module", "mirror")  # what errors call the two
 Decay = float | Tensor | Callable[[int], float]
 
 
@@ -83,18 +85,18 @@ class FusedEMA:
         self._mirrored: list[Pair] = []
         if mirror is not None:
             self._mirror, self._mirrored = part_alike(
-                pair_modules(self.module, mirror, buffers != "ignore", ("averaged module", "mirror")),
+                pair_modules(self.module, mirror, buffers != "ignore", MIRROR),
                 self._averaged, self._copied,
             )  # fmt: skip
         check_apart(pairs, self._mirror + self._mirrored)
+        self._held: list[Tensor] = []  # what is copied, as last checked
         self._staging = Staging()
         self.spectral = SpectralDrift()
         self._fill_mirror()
 
     @torch.no_grad()
     def _fill_mirror(self) -> None:
-        for pair in self._mirror + self._mirrored:
-            local(pair.target.tensor).copy_(local(pair.source.tensor))
+        _copy(self._mirror + self._mirrored)
 
     @torch.no_grad()
     def update(
@@ -112,8 +114,7 @@ class FusedEMA:
         if decay is None:
             decay = self.decay(self.num_updates) if callable(self.decay) else self.decay
         reshard(self._fsdp)
-        for pair in self._copied:
-            check_alike(pair)
+        self._check_copied()
         targets, sources = self._operands()
         device = targets[0].device if targets else torch.device("cpu")
         measured = ema_update_(
@@ -121,15 +122,21 @@ class FusedEMA:
             gate=None if gate is None else gate.to(device), backend=self.backend, stats=stats, names=self._labels,
             copies=locals_in(p.target for p in self._mirror) if self._mirror else None,
         )  # fmt: skip
-        for _, _, source, target in self._copied:
-            mine, theirs = local(source.tensor), local(target.tensor)
-            new = mine.to(device=theirs.device, dtype=theirs.dtype)
-            theirs.copy_(new if gate is None else torch.where(gate.to(theirs.device), new, theirs))
-        for pair in self._mirrored:
-            local(pair.target.tensor).copy_(local(pair.source.tensor))
+        _copy(self._copied, gate)
+        _copy(self._mirrored)
         self.num_updates += 1
         self.stats = self._of_parameters(measured) if stats else None
         return self.stats
+
+    def _check_copied(self) -> None:
+        """Looks at what was replaced since the last update: the rest fitted then and does now."""
+        held = [slot.tensor for pair in self._copied + self._mirrored for slot in (pair.source, pair.target)]
+        if any(new is not old for new, old in zip_longest(held, self._held)):
+            for pair in self._copied:
+                check_alike(pair)
+            for pair in self._mirrored:
+                check_alike(pair, MIRROR)
+            self._held = held
 
     def _operands(self) -> tuple[list[Tensor], list[Tensor]]:
         """(targets, sources) of all that is averaged; sources staged where the average is kept in host memory."""
@@ -211,14 +218,12 @@ class FusedEMA:
             own = [tensor.clone() for tensor in locals_in(p.source for p in pairs)]
         try:
             with torch.no_grad():
-                for pair in pairs:
-                    local(pair.source.tensor).copy_(local(pair.target.tensor))
+                _write(locals_in(p.source for p in pairs), locals_in(p.target for p in pairs))
             yield self.model
         finally:
             reshard(self._fsdp)
             with torch.no_grad():
-                for slot, value in zip((p.source for p in pairs), own, strict=True):
-                    local(slot.tensor).copy_(value)
+                _write(locals_in(p.source for p in pairs), own)
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged module and the number of updates; nothing of the trained model."""
@@ -231,6 +236,19 @@ class FusedEMA:
         self.num_updates, self.stats = num_updates, None
         reshard(self._fsdp)
         self._fill_mirror()
+
+
+def _copy(pairs: list[Pair], gate: Tensor | None = None) -> None:
+    """Sources into targets; where the gate is False targets keep their bits."""
+    new, old = locals_in(p.source for p in pairs), locals_in(p.target for p in pairs)
+    if gate is not None:
+        new = [torch.where(gate.to(o.device), n.to(o.device, o.dtype), o) for n, o in zip(new, old, strict=True)]
+    _write(old, new)
+
+
+def _write(into: list[Tensor], values: list[Tensor]) -> None:
+    if into:  # torch refuses an empty list
+        torch._foreach_copy_(into, values)
 
 
 def _group(name: str, group_by: str | Callable[[str], str] | None) -> str:
