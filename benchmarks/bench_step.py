@@ -9,15 +9,13 @@ timed only if, from the peer's weights, it gives the peer's loss. The peer runs 
 gradient statistics, in its own order: forward, backward, AdamW, a norm of every gradient read on the host, EMA by a
 loop; without its wrapping in DDP, which one process does not need. `ijepa` is as it runs: bf16 autocast on CUDA, float32
 on a CPU, where `ijepa_bf16` adds autocast. `ijepa_patched` is what its users could make of that: SDPA, compiled blocks
-(on CUDA), a foreach EMA, no statistics, nothing read back (patched_peer.py). `mfu_measured` is of a matrix product in
-the same rounds and precision, `mfu_datasheet` of the vendor's figure. Ours is compiled on CUDA, as a run is; on a CPU with --compile. `work` is
-what `jepa_fast.flops` counts, so for the peer it understates the rate: it computes what we leave out. Parts are timed
-by themselves, forward and backward together where there is a backward.
+(on CUDA), a foreach EMA, no statistics, nothing read back (peer_step.py). Ours is compiled on CUDA, as a run is; on a
+CPU with --compile. `mfu_measured` is of a matrix product in the same rounds and precision, `mfu_datasheet` of the
+vendor's figure. `work` is what `jepa_fast.flops` counts, so for the peer it understates the rate: it computes what we
+leave out. Parts are timed by themselves, forward and backward together where there is a backward.
 """
 
-import logging
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,22 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.harness import Bench, Case, arguments, matmul_rate, peak_memory
-from benchmarks.patched_peer import foreach_ema, patch
-from jepa_fast import optim
+from benchmarks.our_step import OurStep
+from benchmarks.peer_step import PeerStep
 from jepa_fast.config import Config, check, replace
 from jepa_fast.data.embedded import texture
-from jepa_fast.data.masks import MaskBatch, sample_masks
-from jepa_fast.data.packing import MaskPlan, ladder, plan
-from jepa_fast.ema import TargetEMA
+from jepa_fast.data.masks import sample_masks
+from jepa_fast.data.packing import plan
 from jepa_fast.flops import step_flops
-from jepa_fast.interop import save_official
-from jepa_fast.model.attention import choose_backend
-from jepa_fast.model.compile import compile_blocks
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.presets import preset
 
@@ -55,6 +48,7 @@ SHAPES = {  # the peer's name, width, depth, heads, patch, predictor depth
 OURS = {"jepa_fast": "fp32", "jepa_fast_bf16": "bf16", "jepa_fast_bf16_residual": "bf16 residual"}
 PEERS = {"ijepa": False, "ijepa_patched": False, "ijepa_bf16": True}  # half precision
 PARTS = ("target", "context", "predictor", "optimizer", "ema")
+Step = OurStep | PeerStep
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,28 +85,91 @@ def measure(bench: Bench, name: str, args: Any) -> None:
     shape = f"{name} {args.image} b{args.batch}"
     print(f"{shape}: {count[0]} context tokens and 4 targets of {count[1]} in every image, of {config.num_tokens}")
 
-    start, steps = JEPA(config), dict[str, Ours | Peer]()
+    start, steps = JEPA(config), dict[str, Step]()
+    common = {"rate": LR, "decay": DECAY}
     for provider, half in providers(PEERS, bench.device) if args.peer else ():
         patched = provider == "ijepa_patched"
-        steps[provider] = Peer(args, name, config, masks, images, bench.device, half, patched)
+        steps[provider] = PeerStep(args.peer, SHAPES[name][0], config, masks, images, half, patched, **common)
     for provider, precision in providers(OURS, bench.device):
-        steps[provider] = Ours(config, masks, images, bench.device, precision, compiled=bench.device.type == "cuda")
+        steps[provider] = OurStep(config, masks, images, precision, bench.device.type == "cuda", **common)
         if args.compile and bench.device.type != "cuda":
-            steps[f"{provider}_compiled"] = Ours(config, masks, images, bench.device, precision, compiled=True)
+            steps[f"{provider}_compiled"] = OurStep(config, masks, images, precision, True, **common)
     first = next(iter(steps.values()))
     first.take(start)
-    reference = first.loss()
+    reference = loss_of(first)
 
     work = step_flops(config, plan(masks, config.num_tokens))
     for part in ("step", *(PARTS if args.parts else ())):
         case = bench.case(shape, part)
         for provider, step in steps.items():
-            call = step.step if part == "step" else step.parts()[part]
+            call = (lambda step=step: whole(step)) if part == "step" else parts(step)[part]
             case.add(provider, call, check=agrees(step, start, reference))
         report(case, bench, steps, work.total if part == "step" else getattr(work, part, 0.0), args.batch)
 
 
-def report(case: Case, bench: Bench, steps: "dict[str, Ours | Peer]", work: float, batch: int) -> None:
+# ---- a step, whoever's -----------------------------------------------------------------------------
+
+
+def autocast(step: Step) -> AbstractContextManager:
+    return torch.autocast(step.images.device.type, torch.bfloat16, enabled=step.half)
+
+
+@torch.no_grad()
+def loss_of(step: Step) -> float:
+    with autocast(step):
+        return float(step.forward())
+
+
+def whole(step: Step) -> None:
+    """Forward, backward, optimizer, EMA."""
+    with autocast(step):
+        loss = step.forward()
+    loss.backward()
+    step.update(loss)
+    step.average()
+    step.finish(loss)
+
+
+def parts(step: Step) -> dict[str, Callable[[], object]]:
+    """{part: a call of it alone}; encoder and predictor with their backward."""
+
+    def run(part: Callable[[], Tensor]) -> Tensor:
+        with autocast(step):
+            return part()
+
+    def optimizer() -> None:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        step.update(one)
+
+    features = run(step.encode).detach().requires_grad_()
+    gradients = [(p, torch.randn_like(p)) for p in step.trained]
+    one = torch.ones((), device=step.images.device)
+    return {
+        "target": lambda: run(step.hidden),
+        "context": lambda: run(step.encode).float().square().mean().backward(),
+        "predictor": lambda: run(lambda: step.predict(features)).float().square().mean().backward(),
+        "optimizer": optimizer,
+        "ema": step.average,
+    }
+
+
+def agrees(step: Step, start: JEPA, reference: float) -> Callable[[], None]:
+    """From the weights `start`, a step's loss is the reference."""
+
+    def check() -> None:
+        step.take(start)
+        got, allowed = loss_of(step), 0.02 if step.half else 1e-4
+        if not abs(got - reference) <= allowed * reference:
+            raise AssertionError(f"its loss is {got:.6f}, the reference's {reference:.6f}")
+
+    return check
+
+
+# ---- rows ------------------------------------------------------------------------------------------
+
+
+def report(case: Case, bench: Bench, steps: dict[str, Step], work: float, batch: int) -> None:
     for dtype in (torch.float32, torch.bfloat16) if has_bf16(bench.device) else (torch.float32,):
         case.ceiling(f"matmul_{dtype}".replace("torch.", ""), *matmul_rate(dtype, bench.device))
     if case.run():
@@ -155,16 +212,7 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def agrees(step: "Ours | Peer", start: JEPA, reference: float) -> Callable[[], None]:
-    """From the weights `start`, a step's loss is the reference."""
-
-    def check() -> None:
-        step.take(start)
-        got, allowed = step.loss(), 0.02 if step.half else 1e-4
-        if not abs(got - reference) <= allowed * reference:
-            raise AssertionError(f"its loss is {got:.6f}, the reference's {reference:.6f}")
-
-    return check
+# ---- what is given to it ----------------------------------------------------------------------------
 
 
 def configuration(name: str, image: int, batch: int) -> Config:
@@ -182,218 +230,6 @@ def textures(count: int, size: int) -> Tensor:
     rng = np.random.default_rng(0)
     grey = np.stack([texture(i % 4, size, rng) for i in range(count)]).astype(np.float32)
     return torch.from_numpy(grey)[:, None].repeat(1, 3, 1, 1)
-
-
-# ---- ours ----------------------------------------------------------------------------------------
-
-
-class Ours:
-    """The loop's step, as train.py makes it."""
-
-    def __init__(
-        self, config: Config, masks: MaskBatch, images: Tensor, device: torch.device, precision: str, compiled: bool = False
-    ):  # fmt: skip
-        changes = {"train.precision": precision[:4], "model.residual": "bf16" if "residual" in precision else "fp32"}
-        self.half, self.images, self.device = precision != "fp32", images, device
-        config = replace(config, changes)
-        torch.manual_seed(0)
-        self.jepa = JEPA(config).to(device)
-        choose_backend(device, self.half)
-        if compiled:
-            compile_blocks(self.jepa)
-        steps = ladder(config, len(images)) if compiled and device.type == "cuda" else None
-        self.plan: MaskPlan = plan(masks, config.num_tokens, steps).to(device)
-        self.optimizer = optim.build(self.jepa, config.optim)
-        optim.set_rates(self.optimizer, LR, 0.04)
-        self.ema = TargetEMA(self.jepa)
-
-    def take(self, source: JEPA) -> None:
-        self.jepa.load_state_dict(source.state_dict())
-
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
-
-    def forward(self) -> Tensor:
-        with self.autocast():
-            return self.jepa(self.images, self.plan).loss
-
-    @torch.no_grad()
-    def loss(self) -> float:
-        return float(self.forward())
-
-    def step(self) -> None:
-        loss = self.forward()
-        loss.backward()
-        finite = optim.step_if_finite(self.optimizer, loss)
-        self.ema.update(DECAY, gate=finite)
-
-    def parts(self) -> dict[str, Callable[[], object]]:
-        jepa, chosen = self.jepa, self.plan
-        patches = jepa.context_encoder.tokenizer(self.images)
-        visible = patches.flatten(0, 1).index_select(0, chosen.context_rows)
-
-        def target() -> None:
-            with torch.no_grad(), self.autocast():
-                jepa.normalise(jepa.target_encoder.encode(patches).flatten(0, 1).index_select(0, chosen.target_rows))
-
-        def encode() -> Tensor:
-            with self.autocast():
-                return jepa.context_encoder.packed(
-                    visible, chosen.context_index, chosen.context_cu, chosen.context_max, chosen.context_bucket
-                )
-
-        features = encode().detach().requires_grad_()
-
-        def predictor() -> None:
-            with self.autocast():
-                out = jepa.predictor.packed(features, chosen)
-            out.float().square().mean().backward()
-
-        def optimizer() -> None:
-            optim.step_if_finite(self.optimizer, one)
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-
-        one = torch.ones((), device=self.device)
-        gradients = [(p, torch.randn_like(p)) for p in jepa.parameters() if p.requires_grad]
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        return {
-            "target": target,
-            "context": lambda: encode().float().square().mean().backward(),
-            "predictor": predictor,
-            "optimizer": optimizer,
-            "ema": lambda: self.ema.update(DECAY, gate=one.bool()),
-        }
-
-
-# ---- the peer ------------------------------------------------------------------------------------
-
-
-class Peer:
-    """facebookresearch/ijepa's step, put together from a checkout's own parts."""
-
-    def __init__(
-        self, args: Any, name: str, config: Config, masks: MaskBatch, images: Tensor, device: torch.device, half: bool,
-        patched: bool = False,
-    ):  # fmt: skip
-        if not (args.peer / "src" / "helper.py").is_file():
-            raise SystemExit(f"error: {args.peer} is no checkout of facebookresearch/ijepa: it has no src/helper.py")
-        sys.path.append(str(args.peer))
-        import src.helper as helper
-
-        logging.getLogger().setLevel(logging.WARNING)  # it prints its modules
-        from src.masks.utils import apply_masks
-        from src.utils.logging import grad_logger
-
-        self.apply_masks, self.grad_logger, self.half, self.device, self.images = (
-            apply_masks,
-            grad_logger,
-            half,
-            device,
-            images,
-        )
-        self.encoder, self.predictor = helper.init_model(
-            device,
-            config.model.patch,
-            SHAPES[name][0],
-            args.image,
-            config.model.predictor_depth,
-            config.model.predictor_width,
-        )
-        self.target, _ = helper.init_model(device, config.model.patch, SHAPES[name][0], args.image)
-        self.target.requires_grad_(False)
-        self.patched = patched
-        if patched:
-            patch(self.encoder, self.target, self.predictor, compiled=device.type == "cuda")
-        self.optimizer, *_ = helper.init_opt(self.encoder, self.predictor, 100, 0.0, LR, 1, 10)
-        for group in self.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = LR, 0.0 if group.get("WD_exclude") else 0.04
-        batch = len(images)
-        context = torch.from_numpy(masks.context).view(batch, -1)
-        targets = torch.from_numpy(masks.targets).view(batch, masks.num_targets, -1)
-        self.context, self.targets = [context.to(device)], [t.contiguous().to(device) for t in targets.unbind(1)]
-
-    def take(self, source: JEPA) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            save_official(source, Path(folder) / "weights.pth.tar")
-            state = torch.load(Path(folder) / "weights.pth.tar")
-        for name, module in (("encoder", self.encoder), ("predictor", self.predictor), ("target_encoder", self.target)):
-            module.load_state_dict({key.removeprefix("module."): value for key, value in state[name].items()})
-
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
-
-    def hidden(self) -> Tensor:
-        with torch.no_grad():
-            features = self.target(self.images)
-            return self.apply_masks(F.layer_norm(features, features.shape[-1:]), self.targets)
-
-    def forward(self) -> Tensor:
-        with self.autocast():
-            hidden = self.hidden()
-            return F.smooth_l1_loss(
-                self.predictor(self.encoder(self.images, self.context), self.context, self.targets), hidden
-            )
-
-    @torch.no_grad()
-    def loss(self) -> float:
-        return float(self.forward())
-
-    def step(self) -> None:
-        loss = self.forward()
-        loss.backward()
-        self.optimizer.step()
-        if not self.patched:
-            self.grad_logger(self.encoder.named_parameters())
-        self.optimizer.zero_grad()
-        self.average()
-        if not self.patched:
-            float(loss.detach())
-
-    @torch.no_grad()
-    def average(self) -> None:
-        if self.patched:
-            foreach_ema(self.target, self.encoder, DECAY)
-            return
-        for source, target in zip(self.encoder.parameters(), self.target.parameters(), strict=True):
-            target.data.mul_(DECAY).add_((1.0 - DECAY) * source.detach().data)
-
-    def parts(self) -> dict[str, Callable[[], object]]:
-        def target() -> None:
-            with self.autocast():
-                self.hidden()
-
-        def encode() -> Tensor:
-            with self.autocast():
-                return self.encoder(self.images, self.context)
-
-        features = encode().detach().requires_grad_()
-
-        def predictor() -> None:
-            with self.autocast():
-                out = self.predictor(features, self.context, self.targets)
-            out.float().square().mean().backward()
-
-        def optimizer() -> None:
-            self.optimizer.step()
-            if not self.patched:
-                self.grad_logger(self.encoder.named_parameters())
-            self.optimizer.zero_grad()
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-
-        both: list[nn.Module] = [self.encoder, self.predictor]
-        gradients = [(p, torch.randn_like(p)) for m in both for p in m.parameters() if p.requires_grad]
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        return {
-            "target": target,
-            "context": lambda: encode().float().square().mean().backward(),
-            "predictor": predictor,
-            "optimizer": optimizer,
-            "ema": self.average,
-        }
 
 
 if __name__ == "__main__":

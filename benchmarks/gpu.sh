@@ -5,8 +5,10 @@
 #   bash benchmarks/gpu.sh [PART ...] [--out DIR] [--peer DIR] [--wheels DIR] [--commit HASH] [--limit SECONDS] [--dry-run]
 #   bash benchmarks/gpu.sh --fetch-wheels DIR [3.12]
 #
-#   PART            build tests ema step monitor attention data checkpoint train profile; default: all, in this order
-#   --out DIR       leaves summary.txt, rows.csv, log.txt, train.jsonl, profile.txt, trace.json.gz there (default out/gpu)
+#   PART            build tests ema step monitor train graphs parallel attention data checkpoint profile; default: all
+#                   these, in this order. By name only: demos (textures and digits, trained to their end)
+#   --out DIR       leaves summary.txt, rows.csv, log.txt, train.jsonl, profile.txt, trace.json.gz there (default out/gpu);
+#                   demos adds textures.jsonl and digits.jsonl
 #   --peer DIR      a checkout of facebookresearch/ijepa, to be measured beside us; none of its code is in this tree
 #   --wheels DIR    wheels to use where packages are missing; --fetch-wheels fills such a folder, where there is a network
 #   --commit HASH   what to write into the rows, where the checkout has no .git
@@ -20,7 +22,8 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && echo "$ROOT/.venv/bin/python" || echo python3)}
 # What a machine with torch, numpy, pillow, matplotlib, scikit-learn, pybind11, pytest and hypothesis still lacks.
 WHEELS="webdataset braceexpand tyro docstring_parser typeguard simplejpeg safetensors"
-ALL="build tests ema step monitor attention data checkpoint train profile"
+ALL="build tests ema step monitor train graphs parallel attention data checkpoint profile"
+MORE="demos"
 
 die() { echo "error: $*" >&2; exit 2; }
 
@@ -48,7 +51,7 @@ while [ $# -gt 0 ]; do
         --dry-run) dry=1; shift ;;
         -h | --help) sed -n '2,/^set/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
         -*) die "unknown option $1; --help lists all" ;;
-        *) case " $ALL " in *" $1 "*) parts+=("$1") ;; *) die "there is no part $1; choose from $ALL" ;; esac; shift ;;
+        *) case " $ALL $MORE " in *" $1 "*) parts+=("$1") ;; *) die "there is no part $1; choose from $ALL $MORE" ;; esac; shift ;;
     esac
 done
 [ ${#parts[@]} -gt 0 ] || read -ra parts <<<"$ALL"
@@ -80,7 +83,7 @@ bench() { # NAME [OPTION ...]
 part_build() {
     export NPY_NUM_BUILD_JOBS=8
     if [ -z "$dry" ]; then "$PYTHON" setup.py -q build_ext --inplace; fi
-    "$PYTHON" -c 'import torch, fused_ema, jepa_fast_C, fused_ema_C; print("backends:", fused_ema.available_backends())'
+    "$PYTHON" -c 'import jepa_fast_C, fused_ema_C' && "$PYTHON" -m jepa_fast.doctor # a self-test of each kernel
 }
 part_tests() {
     if [ -n "$dry" ]; then
@@ -98,12 +101,14 @@ part_step() { # beside the peer, whose activations are larger, H takes 32 images
         local bound=$1; shift
         BENCH_DEADLINE=$(($(date +%s) + bound - 10)) timeout "$bound" bash -c 'bench step "$@"' _ --seconds 8 "$@" || code=1
     }
-    share 55 --shapes vit_b16 ${peer:+--peer "$peer"}
-    share 60 --shapes vit_h14 "${huge[@]}"
-    share 38 --shapes vit_l16
+    share 50 --shapes vit_b16 ${peer:+--peer "$peer"}
+    share 55 --shapes vit_h14 "${huge[@]}"
+    share 33 --shapes vit_l16
     return $code
 }
-part_monitor() { bench monitor --seconds 8; }
+part_monitor() { bench monitor --seconds 6; }
+part_graphs() { "$PYTHON" -m benchmarks.cuda_graphs --device "$device" --out "$scratch/rows" $tiny $gate --seconds 4; }
+part_parallel() { bench parallel --seconds 6 $([ -n "$dry" ] || echo --shapes vit_b16); } # FSDP, world size 1
 part_attention() { bench attention; }
 part_data() { bench data; }
 part_checkpoint() { bench checkpoint; }
@@ -117,22 +122,32 @@ part_train() { # a real run on generated 224-pixel textures: data, masks, compil
     cat "$scratch/run/events.jsonl"
     return $code
 }
+part_demos() { # the curves of the CPU's runs, on this device
+    local code=0 name
+    for name in textures digits; do
+        "$PYTHON" -m jepa_fast.train "$name" --run.dir "$scratch/$name" ${dry:+--train.steps 20} | tail -n 12 || code=1
+        cp "$scratch/$name/metrics.jsonl" "$out/$name.jsonl" || code=1
+    done
+    return $code
+}
 part_profile() {
-    "$PYTHON" -m benchmarks.kernel_table --device "$device" $tiny --trace "$out/trace.json.gz" >"$out/profile.txt"
+    "$PYTHON" -m benchmarks.kernel_table --device "$device" $tiny --out "$scratch/rows" --trace "$out/trace.json.gz" \
+        >"$out/profile.txt"
     local code=$?
     head -40 "$out/profile.txt"
     return $code
 }
 
-# Seconds a part may take; all together they are the limit.
-declare -A most=([build]=60 [tests]=60 [ema]=50 [step]=155 [monitor]=65 [attention]=20 [data]=30 [checkpoint]=20 [train]=45
-    [profile]=25)
-if [ -n "$dry" ]; then for part in $ALL; do most[$part]=120; done; fi # a busy CPU is no fault of the script
+# Seconds a part may take; those of one call are its limit together.
+declare -A most=([build]=60 [tests]=55 [ema]=45 [step]=140 [monitor]=50 [train]=40 [graphs]=30 [parallel]=30 [attention]=18
+    [data]=22 [checkpoint]=18 [profile]=22)
+most[demos]=500 # a call of its own
+if [ -n "$dry" ]; then for part in $ALL $MORE; do most[$part]=120; done; fi # a busy CPU is no fault of the script
 
 # ---- one after the other -----------------------------------------------------------------------------------
 
 export -f bench
-for part in $ALL; do export -f "part_$part"; done
+for part in $ALL $MORE; do export -f "part_$part"; done
 export ROOT PYTHON out peer dry scratch device tiny gate
 : >"$out/log.txt"
 {

@@ -1,6 +1,6 @@
-"""A training step of a preset on random images, in the parts that train.py makes it of. For benchmarks and traces.
+"""A training step of a preset on random images or series, in the parts that train.py makes it of. For benchmarks and traces.
 
-The images are noise: the work does not depend on what they show, and nothing is timed on zeros. One batch is used
+They are noise: the work does not depend on what they show, and nothing is timed on zeros. One batch is used
 again and again; masks are the preset's own, sampled once. The model is built, compiled and sharded as a run's is.
 """
 
@@ -44,6 +44,8 @@ class OneStep:
 
     def images(self, count: int, seed: int = 0) -> Tensor:
         data, generator = self.config.data, torch.Generator().manual_seed(seed)
+        if data.kind == "series":
+            return torch.randn(count, data.channels, data.series_length, generator=generator)
         shape = (count, data.channels, data.image_size, data.image_size)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 

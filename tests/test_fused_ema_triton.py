@@ -226,6 +226,24 @@ def test_a_captured_graph_replays_with_a_new_decay_and_gate():
 
 
 @pytest.mark.gpu
+def test_a_captured_graph_replays_after_many_other_lists():
+    """More than the plans that are kept: what a graph was captured with must not be among those thrown away."""
+    targets, sources = make([5000, 70_000], device="cuda")
+    expected = [t.clone() for t in targets]
+    ema_update_(targets, sources, 0.9)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stats = ema_update_(targets, sources, 0.9)
+    others = [make([3000, 100 + i], device="cuda") for i in range(70)]
+    for other in others:
+        ema_update_(*other, 0.5)
+    graph.replay()
+    ema_update_(expected, sources, 0.9)
+    wanted = ema_update_(expected, sources, 0.9)
+    assert all(torch.equal(a, b) for a, b in zip((*targets, *stats), (*expected, *wanted), strict=True))
+
+
+@pytest.mark.gpu
 def test_a_module_on_the_device():
     model = torch.nn.Linear(300, 200).cuda()
     ema = FusedEMA(model, decay=0.5)
