@@ -30,7 +30,10 @@ HEADLINE = {
     "data": "images_per_s",
     "parallel": "overhead_fraction",
     "checkpoint": "overhead_steps",
+    "profile": "share_of_step",
 }
+# By another command than `python -m benchmarks NAME`.
+MEASURED_BY = {"profile": "python -m benchmarks.kernel_table --out benchmarks/results"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,7 +135,10 @@ def section(bench: str, found: list[Row], metrics: list[str], figures: str) -> s
         if not metrics and any(r["metric"] == headline for r in mine):
             parts.append(f"![{bench}, {headline}, on {device}]({figures}/{figure_name(bench, device)})")
         parts += [caption([r for r in found if r["device"] == device]), table(mine, headline)]
-    return "\n\n".join(parts) or f"*No rows yet: `python -m benchmarks {bench}` measures them.*"
+    return (
+        "\n\n".join(parts)
+        or f"*No rows yet: `{MEASURED_BY.get(bench, f'python -m benchmarks {bench}')}` measures them.*"
+    )
 
 
 def caption(found: list[Row]) -> str:
