@@ -99,7 +99,8 @@ part_step() { # beside the peer, whose activations are larger, H takes 32 images
     [ -z "$peer" ] || huge=(--batch 32 --peer "$peer")
     share() { # SECONDS OPTION ...: one size, with a bound of its own
         local bound=$1; shift
-        BENCH_DEADLINE=$(($(date +%s) + bound - 10)) timeout "$bound" bash -c 'bench step "$@"' _ --seconds 8 "$@" || code=1
+        BENCH_DEADLINE=$(($(date +%s) + bound - 10)) timeout --foreground -s KILL "$bound" "$PYTHON" \
+            -m benchmarks.bench_step --device "$device" --out "$scratch/rows" $gate --seconds 8 "$@" || code=1
     }
     share 50 --shapes vit_b16 ${peer:+--peer "$peer"}
     share 55 --shapes vit_h14 "${huge[@]}"
@@ -118,15 +119,13 @@ part_train() { # a real run on generated 224-pixel textures: data, masks, compil
     [ -z "$dry" ] || options=(demo --train.steps 20 --monitor.every 20)
     "$PYTHON" -m jepa_fast.train "${options[@]}" --run.dir "$scratch/run"
     local code=$?
-    cp "$scratch/run/metrics.jsonl" "$out/train.jsonl"
     cat "$scratch/run/events.jsonl"
     return $code
 }
 part_demos() { # the curves of the CPU's runs, on this device
     local code=0 name
     for name in textures digits; do
-        "$PYTHON" -m jepa_fast.train "$name" --run.dir "$scratch/$name" ${dry:+--train.steps 20} | tail -n 12 || code=1
-        cp "$scratch/$name/metrics.jsonl" "$out/$name.jsonl" || code=1
+        "$PYTHON" -m jepa_fast.train "$name" --run.dir "$scratch/$name" ${dry:+--train.steps 20} || code=1
     done
     return $code
 }
@@ -155,7 +154,11 @@ export ROOT PYTHON out peer dry scratch device tiny gate
     [ -n "$dry" ] || nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.draw,power.limit,temperature.gpu --format=csv
 } 2>&1 | tee -a "$out/log.txt"
 
-collect() { # all rows so far in one file: what is cut off later still leaves them
+collect() { # all rows and records so far: what is cut off later still leaves them
+    local run
+    for run in run textures digits; do
+        [ ! -f "$scratch/$run/metrics.jsonl" ] || cp "$scratch/$run/metrics.jsonl" "$out/${run/#run/train}.jsonl"
+    done
     [ -d "$scratch/rows" ] || return 0
     { cat "$scratch"/rows/*.csv | head -n 1; tail -q -n +2 "$scratch"/rows/*.csv; } >"$out/rows.csv"
 }
@@ -169,8 +172,11 @@ for part in "${parts[@]}"; do
         outcome="not started: no time left"
     else
         echo "== $part" | tee -a "$out/log.txt"
-        BENCH_DEADLINE=$(($(date +%s) + bound - 6)) timeout --kill-after=5 "$bound" bash -c "part_$part" 2>&1 | tee -a "$out/log.txt" | tail -n 25
-        code=${PIPESTATUS[0]}
+        # Killed with all that it started, and read from a file: nobody waits for a process that outlives its part.
+        BENCH_DEADLINE=$(($(date +%s) + bound - 6)) timeout -s KILL "$bound" bash -c "part_$part" >"$scratch/said" 2>&1
+        code=$?
+        cat "$scratch/said" >>"$out/log.txt"
+        tail -n 25 "$scratch/said"
         case $code in
             0) outcome=done ;;
             124 | 137) outcome="stopped after $bound s" ;;

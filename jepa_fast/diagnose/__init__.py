@@ -40,10 +40,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--data", default="", help="images or series: discrepancy, spectrum and probes at each checkpoint"
     )
+    parser.add_argument("--heads", type=int, default=0, help="attention heads of the checkpoints' encoders, for --data, "
+                        "where their width does not tell them")  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder to write; default diagnoses/<log>-<n>")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if options.data and not options.checkpoints:
         raise UsageError("--data needs the encoders: give --checkpoints 'DIR/*.pth.tar' too")
+    if options.heads and not options.data or options.heads < 0:
+        raise UsageError(f"--heads {options.heads}: a number of heads goes with --checkpoints and --data")
     bad = next((pair for pair in options.column if "=" not in pair), None)
     if bad:
         raise UsageError(f"--column {bad}: write KEY=NAME, as in --column probe/target=val_acc")
@@ -52,17 +56,17 @@ def main(argv: list[str] | None = None) -> int:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--out {folder} exists and is not empty; nothing was written over: give another folder")
     choice = Choice(options.loss_column, options.step_column, options.run, others)
-    diagnose(options.log, choice, options.checkpoints, options.data, folder)
+    diagnose(options.log, choice, options.checkpoints, options.data, folder, options.heads)
     return 0
 
 
-def diagnose(log: Path, choice: Choice, checkpoints: str, data: str, folder: Path) -> list[phase.Event]:
+def diagnose(log: Path, choice: Choice, checkpoints: str, data: str, folder: Path, heads: int = 0) -> list[phase.Event]:
     """Print what the log shows and write `folder`. Raises UsageError before anything is written."""
     table = read(log)
     read_curve = curve(table, choice, str(log))
     records = read_curve.records
     if checkpoints:
-        measured = weights.measure(checkpoints, data, read_curve.steps_per_epoch)
+        measured = weights.measure(checkpoints, data, read_curve.steps_per_epoch, heads)
         records = _merged(records, measured)
     events = phase.detect(records)
     told = [asdict(event) for event in events]
@@ -71,7 +75,7 @@ def diagnose(log: Path, choice: Choice, checkpoints: str, data: str, folder: Pat
 
     last = int(records[-1]["step"])
     print(
-        f"{log}: {table.kind}, {len(records):,} records, steps {int(records[0]['step']):,} to {last:,} ({read_curve.unit})"
+        f"{log}: {table.kind}, {len(records):,} record{'s' * (len(records) != 1)}, steps {int(records[0]['step']):,} to {last:,} ({read_curve.unit})"
     )
     print(f"\n{report.verdict(records, told, '')}\n")
     for event in events:

@@ -60,6 +60,8 @@ def read(path: Path) -> Table:
     elif re.search(r"loss: \d|avg\. loss \d", text) and (table := _read_text(text)).rows:
         return table
     table = _read_csv(text)
+    if not table.rows and len(text.strip().splitlines()) == 1 and _delimiter(text) in text:
+        raise UsageError(f"{path} has a header and no rows; give a log that some steps were written to")
     if not table.rows:
         raise UsageError(f"{path} is no log that can be read; known are {KNOWN}")
     return table

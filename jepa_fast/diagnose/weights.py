@@ -30,8 +30,10 @@ PAIRS = (("encoder", "target_encoder"), ("context_encoder", "target_encoder"), (
          ("online_encoder", "target_encoder"), ("model", "ema"))  # fmt: skip
 
 
-def measure(pattern: str, data: str, steps_per_epoch: int) -> list[Record]:
+def measure(pattern: str, data: str, steps_per_epoch: int, heads: int = 0) -> list[Record]:
     """One record a checkpoint, by rising step: drift of every layer, and with `data` what the encoders make of them.
+
+    heads: of the encoders' attention, which leaves no trace in weights; 0: as usual for their width.
 
     The step is the optimizer's own count where the file holds one, else epoch x steps_per_epoch.
     Raises UsageError naming the file that cannot be used.
@@ -47,14 +49,14 @@ def measure(pattern: str, data: str, steps_per_epoch: int) -> list[Record]:
             raise UsageError(f"{file} says neither its step nor its epoch; diagnose the log without --checkpoints")
         found[step] = {"step": step} | drift(*encoders(state, file), str(file))
         if data:
-            found[step] |= examine(file, data)
+            found[step] |= examine(file, data, heads)
     return [found[step] for step in sorted(found)]
 
 
-def examine(file: Path, data: str) -> Record:
+def examine(file: Path, data: str, heads: int = 0) -> Record:
     """Discrepancy on whole inputs, spectrum and probes of both encoders of one checkpoint, under the keys of metrics.jsonl."""
     record: Record = {}
-    pair = {which: api.load_encoder(file, which) for which in ("context", "target")}
+    pair = {which: api.load_encoder(file, which, heads=heads) for which in ("context", "target")}
     split: api.Split = "train"
     for which, found in (*pair.items(), ("untrained", api.untrained(pair["target"]))):
         train = api.features(found, data, split, limit=NUM_TRAIN)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from jepa_fast.config import IMAGENET_MEAN, IMAGENET_STD, Config, Data, Masks, Model
 from jepa_fast.errors import UsageError
+from jepa_fast.interop.vit import HEADS  # the predictor's are the encoder's
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.model.predictor import Predictor
 from jepa_fast.model.tokens import Tokenizer, sincos_table
 from jepa_fast.model.vit import Encoder
 
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # by encoder width; the predictor's are the same
 PARTS = {"context_encoder": "encoder", "target_encoder": "target_encoder", "predictor": "predictor"}  # ours: theirs
 Part = Literal["context_encoder", "target_encoder", "predictor"]
 

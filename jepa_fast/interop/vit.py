@@ -62,7 +62,9 @@ def from_vit(weights: Weights, settings: Settings, where: str) -> tuple[Encoder,
     hidden = len(_tensor(weights, "blocks.0.mlp.fc1.weight", where))
     heads = settings.heads or HEADS.get(width, 0)
     if not heads or width % heads:
-        raise UsageError(f"{where}: the number of heads of width {width} is not known; give it, as in heads=12")
+        raise UsageError(
+            f"{where}: the number of heads of width {width} is not known; give it, as in heads=12 (--heads 12)"
+        )
     mean, std = (
         tuple(v[:channels]) if len(v) >= channels else (0.5,) * channels for v in (settings.mean, settings.std)
     )

@@ -26,7 +26,9 @@ def verdict(records: list[Record], events: list[Record], description: str) -> st
     """A few sentences: what the loss did, what the probe says, what it means, what to do next."""
     levels = list(phase.levels(phase.series(records, "loss")))
     if len(levels) < 5:
-        said = [f"Too short to say: {len(levels)} records with a loss. Train longer, or lower --log.every."]
+        said = [
+            f"Too short to say: {len(levels)} record{'s' * (len(levels) != 1)} with a loss. Train longer, or log more often."
+        ]
     else:
         said = [_on_loss(levels, events), *_on_late_drop(events), *_on_probe(records, events)]
     if "synthetic" in description:
