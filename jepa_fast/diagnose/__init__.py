@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if options.data and not options.checkpoints:
         raise UsageError("--data needs the encoders: give --checkpoints 'DIR/*.pth.tar' too")
-    if options.heads and not options.data or options.heads < 0:
+    if options.heads < 0 or (options.heads and not options.data):
         raise UsageError(f"--heads {options.heads}: a number of heads goes with --checkpoints and --data")
     bad = next((pair for pair in options.column if "=" not in pair), None)
     if bad:
