@@ -147,11 +147,13 @@ def _initial_weights(config: Config, world: World, choice: Choice, start: int) -
     with parallel.lead(world):
         if config.init.from_ and not start and (world.is_main or not choice.sharded):
             where, (weights, told) = f"--init.from {config.init.from_}", initial_weights(config.init.from_, config)
-            if world.is_main:
-                print("".join(f"--init.from: {line}\n" for line in told), end="")
             with torch.device("meta"):
                 own = JEPA(config).state_dict()
             checkpoint.check_fit(_shapes(weights), _shapes(own), where)
+            if lost := [name for name, value in weights.items() if not value.isfinite().all()]:
+                raise UsageError(f"{where}: {lost[0]} holds NaN or infinite weights; take another checkpoint")
+            if world.is_main:
+                print("".join(f"--init.from: {line}\n" for line in told), end="")
     return weights
 
 

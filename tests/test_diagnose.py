@@ -7,16 +7,22 @@ import random
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from jepa_fast import checkpoint
+from jepa_fast.config import replace
 from jepa_fast.diagnose import main
 from jepa_fast.diagnose.curves import Choice, curve
 from jepa_fast.diagnose.tables import read
 from jepa_fast.diagnose.weights import drift, encoders
 from jepa_fast.errors import UsageError
+from jepa_fast.interop import save_official
 from jepa_fast.log import read as lines
+from jepa_fast.model.jepa import JEPA as Both
+from jepa_fast.presets import preset
 
 IJEPA = "epoch,itr,loss,mask-A,mask-B,time (ms)"
 JEPA = "epoch,itr,loss,loss-jepa,reg-loss,enc-grad-norm,pred-grad-norm,gpu-time(ms),wall-time(ms)"
@@ -278,6 +284,23 @@ def test_with_data_each_checkpoint_is_probed_beside_the_untrained_encoder(tiny_r
         assert all(math.isfinite(r[key]) for r in rows), key
 
 
+def test_heads_that_weights_do_not_tell_are_given(there, capsys):
+    config = replace(
+        preset("digits"), {"model.width": 48, "model.heads": 4, "model.depth": 1, "model.predictor_depth": 1}
+    )
+    save_official(Both(config.check()), there / "ours.pth.tar", epoch=3)
+    for i in range(20):
+        (there / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        grey = np.random.default_rng(i).integers(0, 256, (32, 32), dtype=np.uint8)
+        Image.fromarray(grey).save(there / "photos" / "ab"[i % 2] / f"{i}.png")
+    (there / "theirs.csv").write_text("epoch,loss\n" + "".join(f"{e},{falling(e):.4f}\n" for e in range(12)))
+    asked = ["theirs.csv", "--checkpoints", "ours.pth.tar", "--data", "photos"]
+    assert main(asked) == 2 and "--heads" in capsys.readouterr().err
+    assert main(["theirs.csv", "--heads", "4"]) == 2 and not (there / "diagnoses").exists()
+    assert main([*asked, "--heads", "4"]) == 0
+    assert any("discrepancy/full" in r for r in lines(there / "diagnoses" / "theirs-1" / "metrics.jsonl"))
+
+
 def series_file(folder):
     noise = random.Random(0)
     file = folder / "mine_TRAIN.tsv"
@@ -314,7 +337,7 @@ def test_a_pickle_is_neither_a_log_nor_executed(there, capsys):
         ("step,loss\n1,0.5\n", ("--loss-column", "los"), "did you mean loss?"),
         ("step,a_loss,b_loss\n1,0.5,2\n", (), "a_loss, b_loss"),
         ("step,loss\n1,nan\n2,inf\n", (), "finite"),
-        ("step,loss\n", (), "no log that can be read"),
+        ("step,loss\n", (), "a header and no rows"),
         ("", (), "is empty"),
         ("it was a dark night\nand no numbers\n", (), "no log that can be read"),
         ("step,loss\n0.5,1\n0.7,2\n", ("--step-column", "step"), "no whole number"),

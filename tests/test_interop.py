@@ -183,12 +183,13 @@ class Foreign:
 
 def _broken(raw, tmp_path):
     """(what is wrong, the file's content or bytes, part of the message)"""
-    missing, extra, shape, class_token, odd = (copy.deepcopy(raw) for _ in range(5))
+    missing, extra, shape, class_token, odd, lost = (copy.deepcopy(raw) for _ in range(6))
     del missing["encoder"]["module.blocks.1.attn.qkv.weight"]
     extra["encoder"]["module.head.weight"] = torch.zeros(2)
     shape["target_encoder"]["module.norm.weight"] = torch.zeros(5)
     class_token["encoder"]["module.pos_embed"] = torch.zeros(1, 10, 48)
     odd["encoder"]["module.norm.weight"] = "a string"
+    lost["predictor"]["module.predictor_norm.weight"][0] = float("nan")
     return [
         ({"state_dict": {}}, "has no 'encoder' .it holds state_dict."),
         ({**raw, "encoder": {}}, "'positions' is missing"),
@@ -197,6 +198,7 @@ def _broken(raw, tmp_path):
         (shape, r"norm\.weight is \[5\], expected \[48\]"),
         (class_token, "10 tokens; a square grid"),
         (odd, "is a str, not a tensor"),
+        (lost, "predictor_norm.weight holds NaN or infinite weights"),
         ([1, 2], "holds a list"),
         ({**raw, "encoder": Foreign()}, "more than tensors"),
         (b"not a checkpoint", "jepa-latest"),

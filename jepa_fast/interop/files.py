@@ -36,9 +36,10 @@ def load(file: Path) -> dict[str, Any]:
             f"{file} holds more than tensors{code}, or is no checkpoint; nothing in it was executed: save its state dicts again"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        said = str(error).splitlines()[0] if isinstance(error, (OSError, RuntimeError)) and str(error) else ""
         raise UsageError(
-            f"{file} cannot be read as a checkpoint ({reason}); give a .pth.tar, .pt, .bin or .safetensors"
+            f"{file} cannot be read as a checkpoint ({said or 'neither a torch file nor safetensors'}); "
+            "give a .pth.tar, .pt, .bin or .safetensors"
         ) from None
     if not isinstance(state, dict):
         raise UsageError(f"{file} holds a {type(state).__name__}, not a dict of weights; give a trainer's checkpoint")

@@ -119,6 +119,8 @@ def _tensors(raw: dict[str, Any], part: str, where: str) -> dict[str, Tensor]:
         name = re.sub(r"^(module\.|_orig_mod\.)+", "", str(key))
         if not isinstance(value, Tensor):
             raise UsageError(f"{where}: {part}: {key} is a {type(value).__name__}, not a tensor")
+        if not value.isfinite().all():
+            raise UsageError(f"{where}: {part}: {key} holds NaN or infinite weights; take another checkpoint")
         for pattern, ours in _PREDICTOR if part == "predictor" else _ENCODER:
             name, replaced = re.subn(pattern, ours, name)
             if replaced:
