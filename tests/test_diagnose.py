@@ -288,7 +288,7 @@ def test_heads_that_weights_do_not_tell_are_given(there, capsys):
     config = replace(
         preset("digits"), {"model.width": 48, "model.heads": 4, "model.depth": 1, "model.predictor_depth": 1}
     )
-    save_official(Both(config.check()), there / "ours.pth.tar", epoch=3)
+    save_official(Both(config), there / "ours.pth.tar", epoch=3)
     for i in range(20):
         (there / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         grey = np.random.default_rng(i).integers(0, 256, (32, 32), dtype=np.uint8)
