@@ -138,8 +138,8 @@ part_profile() {
 }
 
 # Seconds a part may take; those of one call are its limit together.
-declare -A most=([build]=60 [tests]=55 [ema]=45 [step]=140 [monitor]=50 [train]=40 [graphs]=30 [parallel]=30 [attention]=18
-    [data]=22 [checkpoint]=18 [profile]=22)
+declare -A most=([build]=60 [tests]=55 [ema]=45 [step]=140 [monitor]=50 [train]=40 [graphs]=30 [parallel]=30 [attention]=20
+    [data]=22 [checkpoint]=18 [profile]=20)
 most[demos]=500 # a call of its own
 if [ -n "$dry" ]; then for part in $ALL $MORE; do most[$part]=120; done; fi # a busy CPU is no fault of the script
 

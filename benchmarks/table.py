@@ -91,7 +91,7 @@ def text(found: list[Row]) -> str:
     """For a terminal: of every benchmark, shape and provider the time and the headline."""
     parts = []
     for bench, shape, dtype in dict.fromkeys((r["bench"], r["shape"], r["dtype"]) for r in found):
-        wanted = ("ms", "images_per_s", "mfu_measured", HEADLINE.get(bench, "ms"))
+        wanted = ("ms", "images_per_s", "mfu_measured", "speedup", HEADLINE.get(bench, "ms"))
         mine = [r for r in found if (r["bench"], r["shape"], r["dtype"]) == (bench, shape, dtype)]
         mine = [r for r in mine if r["metric"] in wanted and r["provider"] != "machine"]
         if mine:
