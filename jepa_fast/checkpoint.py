@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,19 +52,18 @@ class Writer:
         """Begin to write checkpoints/step-N. `tensors` must not change before `staged` has returned.
 
         state: numbers, strings and small plain tensors; the main process's is written.
-        Raises UsageError if the checkpoint before could not be written, or this one's folder cannot be made.
+        Raises UsageError if the checkpoint before could not be written, or this one's folder cannot be made; on
+        processes other than the main one, which says it for all, SystemExit.
         """
-        self.finish()
-        partial = self.root / f".step-{step}.partial"
-        if self.is_main:
+        partial, trouble = self.root / f".step-{step}.partial", self._written()
+        if self.is_main and not trouble:
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 torch.save(state, partial / "state.pt")
             except (OSError, RuntimeError) as error:
-                raise self._failed(step, error) from None
-        if self.group is not None:
-            dist.barrier(self.group)  # nobody writes into a folder that is not there
+                trouble = self._failed(step, error)
+        self._agree(trouble)  # nobody writes into a folder that is not there
         begun: Any = dcp.async_save(
             tensors,
             storage_writer=FileSystemWriter(partial, sync_files=False),  # synced with the rest, before the rename
@@ -81,27 +81,38 @@ class Writer:
             self._staging = None
 
     def finish(self) -> None:
-        """Wait until the checkpoint is written and in its place. Raises UsageError if it could not be."""
-        self.staged()
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+        """Wait until the checkpoint is written and in its place. Raises as `save` does if it could not be."""
+        self._agree(self._written())
 
     def close(self) -> None:
-        """Finish, and stop the threads."""
-        try:
-            self.finish()
-        finally:
-            self._finisher.shutdown()
-            self._stager.close()
+        """Let what is being written be done, and stop the threads. Asks no other process, which may be gone."""
+        trouble = self._written()
+        if trouble and self.is_main:
+            print(f"warning: {trouble}", file=sys.stderr, flush=True)
+        self._finisher.shutdown()
+        self._stager.close()
 
-    def _finish(self, step: int, upload: Future) -> None:
+    def _written(self) -> str:
+        """What kept this process's part of the checkpoint from being written; '' if nothing did."""
+        writing, self._writing, self._staging = self._writing, None, None
+        return writing.result() if writing is not None else ""
+
+    def _agree(self, trouble: str) -> None:
+        """What stops the main process stops all, at the same place."""
+        said = [trouble]
+        if self.group is not None:
+            dist.broadcast_object_list(said, src=0, group=self.group)
+        if said[0]:
+            raise UsageError(said[0]) if self.is_main else SystemExit(2)
+
+    def _finish(self, step: int, upload: Future) -> str:
         try:
             upload.result()
             if self.is_main:
                 self._commit(step)
         except (OSError, RuntimeError, CheckpointException) as error:
-            raise self._failed(step, error) from None
+            return self._failed(step, error)
+        return ""
 
     def _commit(self, step: int) -> None:
         """Everything on the disk, then the name, then the mark, and only then the old ones away."""
@@ -119,12 +130,10 @@ class Writer:
             for old in found(self.root.parent)[: -self.keep]:
                 shutil.rmtree(self.root / f"step-{old}", ignore_errors=True)
 
-    def _failed(self, step: int, error: BaseException) -> UsageError:
+    def _failed(self, step: int, error: BaseException) -> str:
         if self.is_main:
             shutil.rmtree(self.root / f".step-{step}.partial", ignore_errors=True)
-        return UsageError(
-            f"cannot write checkpoint {self.root / f'step-{step}'}: {_cause(error)}; earlier checkpoints are intact"
-        )
+        return f"cannot write checkpoint {self.root / f'step-{step}'}: {_cause(error)}; earlier checkpoints are intact"
 
 
 def sweep(folder: Path) -> None:

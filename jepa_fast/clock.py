@@ -2,7 +2,9 @@
 
 import resource
 import sys
+import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +16,10 @@ from jepa_fast import parallel
 from jepa_fast.flops import utilisation
 from jepa_fast.parallel import World
 
-PHASES = ("target", "context", "backward", "optimizer", "ema")
+PHASES = ("target", "context", "backward", "optimizer", "ema", "checkpoint")
+
+
+SEES_THE_HOST = ("examine", "checkpoint")  # phases that must read from the device
 
 
 class Clock:
@@ -26,11 +31,14 @@ class Clock:
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, Any, Any]] = []
         self._graphs: int | None = None
+        self._syncs = HostSyncs() if self.cuda else None
         self._since, self._num_steps, self._num_tokens, self._flops = time.monotonic(), 0, 0, 0.0
 
     def begin(self, step: int, waited: float = 0.0) -> None:
         """A step starts; its data were waited for so long, in seconds."""
         self.step, self.phase_now, self.began = step, "step", time.monotonic()
+        if self._syncs and not self._num_steps:  # writing the last record has read from the device
+            self._syncs.count = 0
         self._num_steps += 1
         self._seconds["data_wait"] += waited
 
@@ -42,12 +50,14 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         outer, self.phase_now = self.phase_now, name
-        began = self._now()
+        began, syncs = self._now(), self._syncs.count if self._syncs else 0
         try:
             yield
         finally:
             self._add(name, began)
             self.phase_now = outer
+            if self._syncs and name in SEES_THE_HOST:
+                self._syncs.count = syncs
 
     def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call`, as a phase of that name where it is part of a training step's forward."""
@@ -78,6 +88,9 @@ class Clock:
 
         All processes call it. Synchronises.
         """
+        syncs = (
+            {"host_syncs": float(self._syncs.count)} if self._syncs else {}
+        )  # before this report reads from the device
         steps, own = max(1, self._num_steps), self._read()
         ranks = parallel.gather(own, self.world)
         alone = [r["data_wait"] + r["target"] + r["context"] for r in ranks]  # before a process first waits for another
@@ -88,7 +101,7 @@ class Clock:
         record["tokens_per_s"] = self._num_tokens * self.world.size / took
         record |= utilisation(self._flops / took, self.world.device, self.half)
         self._since, self._num_steps, self._num_tokens, self._flops = time.monotonic(), 0, 0, 0.0
-        return record | self._health()
+        return record | syncs | self._health()
 
     def _read(self) -> dict[str, float]:
         """Seconds in all by phase; `context` is the forward without the target encoder."""
@@ -109,6 +122,24 @@ class Clock:
         graphs = _num_graphs()
         self._graphs = graphs if self._graphs is None else self._graphs
         return values | {"recompiles": graphs - self._graphs}
+
+
+class HostSyncs:
+    """Counts the calls in which this thread waited for the device. torch warns of them when asked to; that costs nothing."""
+
+    SAID = "called a synchronizing CUDA operation"
+
+    def __init__(self) -> None:
+        self.count = 0
+        torch.cuda.set_sync_debug_mode("warn")
+        warnings.filterwarnings("always", message=self.SAID)
+        self._show, warnings.showwarning = warnings.showwarning, self._hear
+
+    def _hear(self, message: Warning | str, *args: Any, **more: Any) -> None:
+        if self.SAID not in str(message):
+            self._show(message, *args, **more)
+        elif threading.current_thread() is threading.main_thread():
+            self.count += 1
 
 
 def _peak_bytes(cuda: bool) -> float:

@@ -85,11 +85,13 @@ def show(run: Run, record: dict) -> None:
     run.progress.show(record["step"], shown | {"samples/s": record["images_per_s"]})
     tell_of_data(run, record["step"], run.loader.bad)
     if run.monitor.bad_in_a_row >= run.config.train.max_bad_steps:
+        run.writer.finish()
         good = checkpoint.found(run.folder)
-        raise UsageError(
+        raise parallel.refusal(
             f"loss or gradients were not finite for {run.monitor.bad_in_a_row} steps up to step {record['step']}; the weights are those from before; "
             f"lower --optim.lr (now {run.config.optim.lr:g}), or look at the data; last checkpoint: "
-            + (f"{run.folder / 'checkpoints' / f'step-{good[-1]}'}" if good else "none yet")
+            + (f"{run.folder / 'checkpoints' / f'step-{good[-1]}'}" if good else "none yet"),
+            run.world,
         )
 
 
@@ -155,8 +157,9 @@ def watched(run: Run) -> Iterator[None]:
     dog = survive.Watchdog(run.world, run.clock, 0.8 * run.config.parallel.timeout)
     try:
         yield
+        run.writer.finish()
     except (Exception, KeyboardInterrupt) as error:
-        if not isinstance(error, (UsageError, survive.Preempted)):
+        if not isinstance(error, UsageError):
             survive.note_error(run.folder, run.world, run.clock, error)
         line = survive.lost_contact(error, run.world, run.clock)
         if line is None:

@@ -30,20 +30,26 @@ LOST = (
 )
 
 
-class Preempted(Exception):
-    """The run was asked to stop, and its checkpoint is written. The message is the line that tells how to go on."""
+class Preempted(BaseException):
+    """The run was asked to stop, and what there was to save is saved. The message is the line that tells how to go on.
+
+    No Exception: it passes through a compiler that wraps the errors of what it compiles.
+    """
 
 
 class Preemption:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a wish that every process hears at the same step boundary.
 
-    A second SIGINT interrupts at once.
+    Before the first step is made (set-up, compiling, the first examination) there is nothing to save: a signal then
+    ends the process where it stands, with Preempted. A second SIGINT interrupts at once.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, world: World):
         self.world = world
+        self.folder: Path | None = None  # of the run, once it is ours
+        self.moving = False  # the first step is made
         self.signal = 0
         self._before: dict[int, Any] = {}
         self._agreed = torch.zeros(1, dtype=torch.int64)
@@ -61,7 +67,9 @@ class Preemption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal:
             raise KeyboardInterrupt
-        self.signal = number
+        again, self.signal = bool(self.signal), number
+        if not (self.moving or again):
+            raise Preempted(_unmoved(number, self.folder))
 
     def asked(self) -> int:
         """The signal to stop for, or 0; the same on all processes. Called by all at every step boundary.
@@ -81,12 +89,22 @@ class Preemption:
 
 def farewell(number: int, step: int, folder: Path) -> Preempted:
     """The line printed by a run that was stopped."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    start = f"torchrun --nproc_per_node={processes}" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
     return Preempted(
         f"stopped by {signal.Signals(number).name} after step {step}, checkpoint {folder / 'checkpoints' / f'step-{step}'} "
-        f"is written; to go on: {start} -m jepa_fast.train --resume --run.dir {folder}"
+        f"is written; to go on: {_start()} --resume --run.dir {folder}"
     )
+
+
+def _unmoved(number: int, folder: Path | None) -> str:
+    said = f"stopped by {signal.Signals(number).name} before a step was made: nothing was there to save"
+    on = "the same command again" if folder is None else f"{_start()} --resume auto --run.dir {folder}"
+    return f"{said}; to go on: {on}"
+
+
+def _start() -> str:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    launcher = f"torchrun --nproc_per_node={processes}" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    return f"{launcher} -m jepa_fast.train"
 
 
 class Watchdog:

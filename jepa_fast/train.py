@@ -57,7 +57,8 @@ def train(run: Run) -> None:
 
         # Optimizer: a step with a non-finite value on any process changes nothing. Before that the checkpoint of the
         # weights as they were has been copied.
-        run.writer.staged()
+        with clock.phase("checkpoint"):
+            run.writer.staged()
         lr = schedules.learning_rate(config.optim, step, run.steps, run.warmup)
         optim.set_rates(run.optimizer, lr, schedules.weight_decay(config.optim, step, run.steps))
         with clock.phase("optimizer"):
@@ -73,11 +74,13 @@ def train(run: Run) -> None:
         # Between two steps: all processes hear of a signal at the same one.
         signal = run.stop.asked()
         if signal or run.saves(step + 1):
-            save(run, step + 1)
+            with clock.phase("checkpoint"):
+                save(run, step + 1)
         if signal:
             stop_here(run, signal, step + 1)
         if step == run.start:
             parallel.shorten_timeouts(config)
+            run.stop.moving = True
 
 
 @one_line_errors

@@ -16,6 +16,7 @@ import torch
 from test_parallel import TINY, agree, metrics
 from together import CONTEXT, free_port, together
 
+from fused_ema.op import local
 from jepa_fast import checkpoint, cli, report, run, rundir, survive, train
 from jepa_fast.clock import Clock
 from jepa_fast.config import Config
@@ -72,6 +73,30 @@ def test_a_signal_stops_at_the_step_boundary_and_the_run_goes_on_as_if_nothing_h
         assert metrics("x") == metrics("whole")
         events = [e["kind"] for e in read(Path("x/events.jsonl"))]
         assert events.count("preempted") == events.count("resume") == 1
+
+
+@pytest.mark.parametrize("where", ["assemble.warm_up", "assemble.packing.ladder", "train.Clock.begin"])
+def test_a_signal_before_the_first_step_is_made_ends_at_once_and_the_same_folder_can_be_used(
+    where, monkeypatch, capsys
+):
+    """While blocks are compiled, or in the first step: nothing waits for the step boundary, which may be minutes away."""
+    module = where.rsplit(".", 1)[0]
+
+    def slow(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal came and went")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jepa_fast.assemble.compiles", lambda *_: module != "train.Clock")
+        patched.setattr(f"jepa_fast.{where}" if module != "train.Clock" else "jepa_fast.clock.Clock.begin", slow)
+        assert go("--run.dir", "x") == 75
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    assert said.startswith("stopped by SIGTERM before a step was made: nothing was there to save; to go on: ")
+    if module == "train.Clock":
+        assert said.endswith("python -m jepa_fast.train --resume auto --run.dir x")
+        assert train.main(["--resume", "auto", "--run.dir", "x"]) == 0  # exactly as it said
+    else:
+        assert said.endswith("the same command again") and not Path("x").exists()
 
 
 def stopped_and_resumed(rank, cases):
@@ -220,7 +245,7 @@ def test_torchrun_starts_a_fallen_job_again_and_it_goes_on_in_its_own_folder(tmp
     (tmp_path / "falls.py").write_text(FALLS_ONCE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    ddp = ["--parallel.mode", "ddp"]
+    ddp = ["--parallel.mode", "ddp", "--checkpoint.background", "False"]  # or step 4 may come before the file of step 3
     done = subprocess.run(
         [*launcher, "falls.py", *TINY, *ddp], capture_output=True, text=True, env=environment, timeout=400
     )
@@ -306,6 +331,69 @@ def test_the_watchdog_names_the_phase_once_a_silence(capsys):
 
 
 # ---- steps that change nothing, steps that stand out ------------------------------------------------
+
+
+def spoiled(rank, cases):
+    """In steps 2, 4, 5 and 6 rank 1 alone has a loss that is no number, or a good loss with such a gradient.
+
+    Returns of each case its status, and of each step whether it changed any tensor of this process.
+    """
+    report.write = lambda folder: folder
+    begin, forward, set_up = Clock.begin, run.JEPA.forward, train.set_up
+    port, returned = int(os.environ["MASTER_PORT"]), []
+    sys.stderr = open(f"said-{rank}", "w", buffering=1)  # noqa: SIM115
+    for i, (kind, argv) in enumerate(cases):
+        os.environ["MASTER_PORT"] = str(port + i)
+        held, changed, now = {}, [], {}
+
+        def watch(self, step, waited, held=held, changed=changed, now=now):
+            begin(self, step, waited)
+            now["step"] = step
+            state = {n: local(t).clone() for n, t in run.tensors(now["run"].jepa, now["run"].optimizer).items()}
+            if held:
+                changed.append(any(not torch.equal(state[n], held[n]) for n in held))
+            held |= state
+
+        def spoil(self, inputs, plan, now=now, kind=kind):
+            output = forward(self, inputs, plan)
+            if rank == 0 or now.get("step") not in (2, 4, 5, 6):
+                return output
+            nan = float("nan")
+            if kind == "loss":
+                return output._replace(loss=output.loss * nan)
+            output.loss.register_hook(lambda gradient: gradient * nan)
+            return output
+
+        def seen(*args, now=now):
+            now["run"] = set_up(*args)
+            return now["run"]
+
+        Clock.begin, run.JEPA.forward, train.set_up = watch, spoil, seen
+        try:
+            status = train.main([*TINY, *argv])
+        except SystemExit as ended:
+            status = ended.code
+        returned.append((status, changed))
+    return returned
+
+
+@pytest.mark.dist
+def test_a_bad_step_on_one_process_changes_nothing_on_any_and_too_many_end_the_run():
+    """Weights, moments, step counters and target encoder, of every process, bit for bit."""
+    more = ["--train.steps", "12", "--train.max_bad_steps", "3", "--parallel.micro_batch", "3"]
+    modes = {"ddp": "loss", "fsdp": "loss", "zero2": "gradient", "hsdp": "gradient"}
+    how = {"zero2": ["fsdp", "--parallel.reshard_after_forward", "False"], "hsdp": ["hsdp", "--parallel.shards", "1"]}
+    cases = [(kind, ["--run.dir", m, *more, "--parallel.mode", *how.get(m, [m])]) for m, kind in modes.items()]
+    for statuses in together(2, spoiled, cases):
+        assert statuses == [(2, [True, True, False, True, False, False, False])] * len(cases)
+    said = Path("said-0").read_text().splitlines()
+    for mode, line in zip(modes, said, strict=True):  # one line each, and the other process says nothing
+        assert (
+            "were not finite for 3 steps up to step 7" in line and f"last checkpoint: {mode}/checkpoints/step-6" in line
+        )
+        assert all(w.isfinite().all() for w in checkpoint.load_newest(Path(mode), fall_back=False)[1]["model"].values())
+        assert [e["count"] for e in read(Path(mode, "events.jsonl")) if e["kind"] == "skipped_step"] == [1, 1, 1, 1]
+    assert not Path("said-1").read_text()
 
 
 def test_a_loss_spike_is_an_event_with_its_level():

@@ -89,7 +89,10 @@ def _enter(backend: str, rank: int, size: int, seconds: float) -> None:
             f"WORLD_SIZE is {size} but MASTER_ADDR is not set: start with torchrun --nproc_per_node={size} -m jepa_fast.train ..."
         )
     try:
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        # torchrun keeps its store over restarts, and with it the addresses of processes that are gone.
+        attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '?')}"
@@ -168,10 +171,13 @@ def lead(world: World) -> Iterator[None]:
     except UsageError as error:
         trouble = error
     said = [text for text in gather(str(trouble) if trouble else "", world) if text]
-    if said and not world.is_main:
-        raise SystemExit(2)  # the main process says it for all
     if said:
-        raise UsageError(said[0])
+        raise refusal(said[0], world)
+
+
+def refusal(text: str, world: World) -> UsageError | SystemExit:
+    """To raise on all processes: the main one says it for all, the others only end."""
+    return UsageError(text) if world.is_main else SystemExit(2)
 
 
 def barrier(world: World) -> None:
