@@ -29,6 +29,7 @@ from jepa_fast import checkpoint, report, train
 from jepa_fast.log import read, repeatable
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kill_campaign.jsonl"
+GRACE = 30.0  # seconds: what torchrun gives
 RUN = ["demo", "--log.every", "5", "--monitor.every", "250", "--monitor.probe_train", "50", "--monitor.probe_test", "50",
        "--checkpoint.every", "10", "--data.workers", "1", "--train.batch_size", "8", "--model.width", "32",
        "--model.predictor_width", "32", "--parallel.threads", "1"]  # fmt: skip
@@ -53,12 +54,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def campaign(kills: int, steps: int, longest: float, processes: int, mode: str, seed: int) -> dict:
-    """What happened: kills made, how many fell before the first step, starts, whether all is identical."""
+    """What happened: kills made and where they fell, starts, whether all is identical in the end."""
     folder = Path(tempfile.mkdtemp())
     options = [*RUN, "--train.steps", str(steps), "--parallel.mode", mode]
     try:
         assert not any(_Job(processes, [*options, "--run.dir", str(folder / "whole")]).join())
-        rng, made, starts, torn = random.Random(seed), 0, 0, 0
+        rng, made, starts, torn, helped = random.Random(seed), 0, 0, 0, 0
         killed = [*options, "--run.dir", str(folder / "killed"), "--resume", "auto"]
         while True:
             starts += 1
@@ -70,11 +71,13 @@ def campaign(kills: int, steps: int, longest: float, processes: int, mode: str, 
                     victim.kill()
                     made += 1
                     torn += bool(list((folder / "killed").glob("checkpoints/.*")))
+                    helped += job.end(victim)
             codes = job.join()
             if not any(codes):
                 break
         return {
-            "kills": made, "starts": starts, "kills_while_writing_a_checkpoint": torn, "processes": processes, "mode": mode,
+            "kills": made, "starts": starts, "resumed": sum(e["kind"] == "resume" for e in read(folder / "killed" / "events.jsonl")),
+            "kills_while_writing_a_checkpoint": torn, "companions_that_did_not_end_by_themselves": helped, "processes": processes, "mode": mode,
             "steps": steps, "seed": seed, "records": len(_records(folder / "whole")), "identical": _same(folder),
         }  # fmt: skip
     finally:
@@ -109,15 +112,18 @@ class _Job:
         for process in self.processes:
             process.start()
 
-    def join(self) -> list[int | None]:
-        """Exit codes; whoever outlives a killed companion by two minutes is killed too, and shows as -9."""
-        for process in self.processes:
-            process.join()
-            if process.exitcode:
-                break
-        for process in self.processes:
-            process.join(120)
+    def end(self, victim: multiprocessing.process.BaseProcess) -> int:
+        """As a launcher does when a process has died: give the others a while to notice, then kill them. How many it had to."""
+        alone = [process for process in self.processes if process is not victim]
+        for process in alone:
+            process.join(GRACE)
+        left = [process for process in alone if process.is_alive()]
+        for process in left:
             process.kill()
+        return len(left)
+
+    def join(self) -> list[int | None]:
+        for process in self.processes:
             process.join()
         return [process.exitcode for process in self.processes]
 
