@@ -147,20 +147,32 @@ def state_bytes(config: Config) -> int:
 
 
 def activation_bytes(config: Config, plan: MaskPlan) -> float:
-    """Estimated bytes kept for the backward of a step, products in bf16, nothing recomputed.
+    """Estimated bytes that the forward of a step leaves for its backward, with the target features and one block's work.
 
-    A block keeps, a token: two inputs of LayerNorms in the residual's precision, and in bf16 their outputs, q k v,
-    the attention's output, and two MLP layers' width before and after GELU.
+    A block keeps, a token and in units of its width: two inputs of LayerNorms in the residual's precision, and in that
+    of the products the LayerNorms' outputs, q k v, the attention's output, and the MLP's two layers before and after
+    GELU. With `parallel.recompute` only the products' outputs and one residual, or nothing but the block's input, and
+    what one block then makes again.
     """
     model = config.model
+    products = 2 if config.train.precision == "bf16" else 4
     residual = 2 if model.residual == "bf16" else 4
+
+    def each(width: int, ratio: float) -> tuple[float, float]:
+        """Bytes of a token in one block: all, and those kept."""
+        whole = width * (2 * residual + products * (2 + 3 + 1 + 2 * ratio))
+        inputs = width * residual
+        return whole, {"none": whole, "selective": inputs + width * products * (6 + ratio), "full": inputs}[
+            config.parallel.recompute
+        ]
+
     context, sequences = int(plan.context_cu[-1]), int(plan.predictor_cu[-1])
-    ratio, narrow = model.mlp_ratio, model.predictor_mlp_ratio
-    encoder = model.depth * context * model.width * (2 * residual + 2 * (2 + 3 + 1 + 2 * ratio))
-    predictor = (
-        model.predictor_depth * sequences * model.predictor_width * (2 * residual + 2 * (2 + 3 + 1 + 2 * narrow))
-    )
-    return encoder + predictor
+    wide, wide_kept = each(model.width, model.mlp_ratio)
+    narrow, narrow_kept = each(model.predictor_width, model.predictor_mlp_ratio)
+    kept = model.depth * context * wide_kept + model.predictor_depth * sequences * narrow_kept
+    again = max(context * (wide - wide_kept), sequences * (narrow - narrow_kept))
+    target = plan.num_inputs * config.num_tokens * (4 * model.width + wide)  # float32 features, and a block at a time
+    return kept + again + target
 
 
 # ---- predictions: python -m jepa_fast.flops PRESET ------------------------------------------------

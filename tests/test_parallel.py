@@ -243,7 +243,24 @@ def test_auto_takes_the_least_communication_that_fits_and_says_why():
     for mode, room in cases.items():
         choice = memory._choose(config, 16, 8, room / memory.USABLE)
         assert choice.mode == mode and (mode == "ddp" or "ddp needs" in choice.reason)
-    assert memory._choose(config, 1, 1, 1e9).mode == "single"
+    alone = memory._choose(config, 1, 1, 80e9)
+    assert alone.mode == "single" and "GB: give --parallel.micro_batch 128" in alone.reason
+    assert "too much for so few devices" in memory._choose(config, 1, 1, 1e9).reason
+
+
+def test_where_activations_alone_are_too_many_auto_says_which_micro_batch_would_do():
+    """256 inputs of ViT-H/14 a device: more than 80 GB however the weights are cut; half of them fit, uncut."""
+    config = replace(preset("in1k-vith14"), {"train.batch_size": 2048})
+    room = memory.USABLE * 80e9
+    assert memory.need(config, "fsdp", 8, 8).total > room
+    assert memory._choose(config, 8, 8, 80e9).reason.endswith("give --parallel.micro_batch 128, with which ddp fits")
+    assert memory.need(replace(config, {"parallel.micro_batch": 128}), "ddp", 8, 1).total < room
+
+
+def test_copies_are_of_one_machine_only_where_machines_are_alike():
+    config = preset("in1k-vith14")
+    assert [memory._copy_size(config, *sizes) for sizes in ((64, 8), (12, 8), (8, 8), (4, 1))] == [8, 12, 8, 4]
+    assert memory._copy_size(replace(config, {"parallel.shards": 4}), 64, 8) == 4
 
 
 def test_blocks_are_gathered_in_bf16_and_gradients_added_in_float32():

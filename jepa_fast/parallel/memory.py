@@ -4,12 +4,12 @@ import os
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 import torch
 from torch import nn
 
 from jepa_fast.config import Config, replace
-from jepa_fast.data.masks import sample_masks
+from jepa_fast.data.packing import MaskPlan
+from jepa_fast.flops import EMA_BYTES, STATE_BYTES, activation_bytes, usual_plan
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.parallel.world import World, check_split
 
@@ -51,27 +51,42 @@ def choose(config: Config, world: World) -> Choice:
 
 
 def _choose(config: Config, size: int, local_size: int, capacity: float) -> Choice:
-    asked = config.parallel.mode
-    per_node = config.parallel.shards or (local_size if 1 < local_size < size and size % local_size == 0 else size)
+    asked, over = config.parallel.mode, _copy_size(config, size, local_size)
     if asked == "hsdp":
-        return Choice("hsdp", per_node, "as asked")
+        return Choice("hsdp", over, "as asked")
     if asked != "auto":
         return Choice(asked, size if asked == "fsdp" else 1, "as asked")
-    if size == 1:
-        return Choice("single", 1, "one process")
     room = USABLE * capacity
     whole = need(config, "ddp", size, 1).total
+    if size == 1:
+        return Choice("single", 1, "one process" + _advice(config, size, whole, room))
     if whole <= room:
         return Choice(
             "ddp", 1, f"everything fits on every device: {whole / GB:.1f} of {room / GB:.1f} GB; least communication"
         )
-    if per_node < size and need(config, "hsdp", size, per_node).total <= room:
-        return Choice(
-            "hsdp",
-            per_node,
-            f"ddp needs {whole / GB:.1f} of {room / GB:.1f} GB; a copy for each {per_node} devices fits",
-        )
-    return Choice("fsdp", size, f"ddp needs {whole / GB:.1f} of {room / GB:.1f} GB")
+    said = f"ddp needs {whole / GB:.1f} of {room / GB:.1f} GB"
+    if over < size and need(config, "hsdp", size, over).total <= room:
+        return Choice("hsdp", over, f"{said}; a copy for each {over} devices fits")
+    return Choice("fsdp", size, said + _advice(config, size, need(config, "fsdp", size, size).total, room))
+
+
+def _copy_size(config: Config, size: int, local_size: int) -> int:
+    """Processes that hsdp cuts one copy over: as asked, or those of one machine; all, if machines differ."""
+    return config.parallel.shards or (local_size if 1 < local_size < size and size % local_size == 0 else size)
+
+
+def _advice(config: Config, size: int, needed: float, room: float) -> str:
+    """What to do if the mode that needs least does not fit either: the largest micro batch that does."""
+    if needed <= room:
+        return ""
+    share = config.train.batch_size // size
+    for mode, cut in (("ddp", 1), ("fsdp", size)):
+        for micro in range(min(share, config.parallel.micro_batch or share) - 1, 0, -1):
+            smaller = replace(config, {"parallel.micro_batch": micro})
+            if share % micro == 0 and need(smaller, mode, size, cut).total <= room:
+                name = f", with which {mode} fits" if size > 1 else ""
+                return f"; even so {needed / GB:.1f} of {room / GB:.1f} GB: give --parallel.micro_batch {micro}{name}"
+    return f"; even so {needed / GB:.1f} of {room / GB:.1f} GB: too much for so few devices"
 
 
 def _capacity(world: World) -> float:
@@ -83,12 +98,11 @@ def _capacity(world: World) -> float:
 def need(config: Config, mode: str, size: int, shards: int) -> Need:
     """Bytes of one process in `mode`: float32 weights, gradients and two moments; the target encoder's weights.
 
-    Activations are an estimate: 34 bytes for each token, block and feature in bf16 (twice in fp32), from the tokens
-    that this mask mode draws.
+    Activations are an estimate (`flops.activation_bytes`).
     """
     encoder, predictor = _count(config)
     cut = shards if mode in ("fsdp", "hsdp") else 1
-    state = (16 * (encoder + predictor) + 4 * encoder) / cut
+    state = (STATE_BYTES * (encoder + predictor) + EMA_BYTES * encoder) / cut
     width = 2 if config.train.precision == "bf16" else 4
     gathered, traffic = 0.0, 0.0
     if mode == "ddp":
@@ -126,20 +140,16 @@ def _sized(config: Config) -> Config:
     return replace(config, open_fields)
 
 
+DRAWN = 64  # inputs whose masks stand for all
+
+
 def _activations(config: Config, inputs: int) -> float:
-    model, drawn = config.model, 64
-    samples = np.arange(drawn)
-    masks = sample_masks(config.masks, config.grid, config.train.seed, 0, np.zeros_like(samples), samples)
-    context = len(masks.context) / drawn
-    predicted = masks.num_targets * context + len(masks.targets) / drawn
-    each = 34 * (1 if config.train.precision == "bf16" else 2)
-    kept = context * model.depth * model.width + predicted * model.predictor_depth * model.predictor_width
-    if config.parallel.recompute == "selective":  # the input of each block, and ten features' worth of products in bf16
-        kept = kept * 24 / 34
-    elif config.parallel.recompute == "full":  # the input of each block, and one block inside
-        kept = kept * 4 / 34 + context * model.width + predicted * model.predictor_width
-    target = config.num_tokens * model.width * 2  # its features, and one block at a time
-    return inputs * (each * kept + each * target / 8)
+    return activation_bytes(config, _usual(config)) * inputs / DRAWN
+
+
+@cache
+def _usual(config: Config) -> MaskPlan:
+    return usual_plan(config, DRAWN, batches=1)[0]
 
 
 def dry_run(config: Config, size: int) -> str:
@@ -160,10 +170,11 @@ def dry_run(config: Config, size: int) -> str:
     ]
     kept = replace(config, {"parallel.reshard_after_forward": False})
     freed = replace(config, {"parallel.reshard_after_forward": True})
-    over = config.parallel.shards or local_size
+    over = _copy_size(config, size, local_size)
     rows = [("ddp" if size > 1 else "single", config, "ddp", 1)]
     if size > 1:
         rows += [("fsdp", freed, "fsdp", size), ("fsdp, no reshard", kept, "fsdp", size)]
+    if over < size:
         rows += [(f"hsdp over {over}", freed, "hsdp", over)]
     for name, variant, mode, cut in rows:
         n = need(variant, mode, size, cut)
