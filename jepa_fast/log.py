@@ -12,7 +12,17 @@ from typing import Any
 
 from jepa_fast.errors import UsageError
 
-MACHINE = ("time/", "data/", "memory/", "images_per_s", "tokens_per_s", "flops_per_s", "mfu/", "recompiles")
+MACHINE = (
+    "time/",
+    "data/",
+    "memory/",
+    "images_per_s",
+    "tokens_per_s",
+    "flops_per_s",
+    "mfu/",
+    "recompiles",
+    "host_syncs",
+)
 
 
 def repeatable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def train(run: Run) -> None:
         optim.set_rates(run.optimizer, lr, schedules.weight_decay(config.optim, step, run.steps))
         with clock.phase("optimizer"):
             finite = optim.step_if_finite(run.optimizer, loss, config.optim.clip)
-        perturb(run.jepa.context_encoder, config.perturb, config.train.seed, step)
+        perturb(run.jepa.context_encoder, config.perturb, config.train.seed, step, gate=finite)
 
         # Target encoder: EMA, and its distance from the context encoder, in one pass.
         decay = schedules.ema_decay(config.ema, step, run.steps)
