@@ -7,6 +7,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,8 @@ class RunLog:
     def close(self) -> None:
         for stream in (self._metrics, self._events, self._board):
             if stream is not None:
-                stream.close()
+                with suppress(OSError):  # what a full disk did not take has been told
+                    stream.close()
 
 
 def need_tensorboard() -> None:
@@ -83,8 +86,20 @@ def _append(stream: Any, line: dict[str, Any]) -> None:
     if stream is None:
         return
     plain = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in line.items()}
-    stream.write(json.dumps(plain) + "\n")
-    stream.flush()
+    with _told(stream.name):
+        stream.write(json.dumps(plain) + "\n")
+        stream.flush()
+
+
+@contextmanager
+def _told(path: Path | str) -> Iterator[None]:
+    """A disk that is full or gone is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path}: {error.strerror}; mend that, then --resume: checkpoints are intact"
+        ) from None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -106,8 +121,9 @@ def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
     """Keep the records before `step` only (a resumed run writes those from `step` on again)."""
     kept = [r for r in read(path) if r.get("called_at", r.get("step", 0)) < step or r.get("kind") in LASTING]
     beside = path.with_name(f".{path.name}.partial")
-    beside.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    beside.rename(path)
+    with _told(path):
+        beside.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        beside.rename(path)
     return kept
 
 

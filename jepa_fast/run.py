@@ -187,6 +187,10 @@ def close(run: Run) -> None:
     if skipped:
         reasons = ", ".join(f"{count} {why}" for why, count in sorted(skipped.items()))
         print(f"samples left out: {sum(skipped.values())} ({reasons}); events.jsonl names them")
-    print(f"report: {report.write(run.folder)}", flush=True)
+    try:
+        print(f"report: {report.write(run.folder)}", flush=True)
+    except OSError as error:
+        again = f"python -m jepa_fast.report {run.folder} writes it"
+        raise UsageError(f"the run is complete, its report is not written: {error.strerror}; {again}") from None
     if run.lock:
         run.lock.close()

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from together import together
 
-from jepa_fast import checkpoint
+from jepa_fast import checkpoint, parallel
+from jepa_fast.config import replace
 from jepa_fast.errors import UsageError
+from jepa_fast.presets import preset
 
 
 @pytest.fixture
@@ -153,3 +156,34 @@ def test_a_read_only_disk_is_one_clear_error(writer, tmp_path, monkeypatch):
         patched.setattr(Path, "mkdir", refuse)
         writer.save(2, _tensors(2), {})
     assert checkpoint.found(tmp_path) == [1]
+
+
+def refused(rank, folder):
+    """What stops each of two processes whose main one alone cannot write: the folder, then the last rename."""
+    world, ends = parallel.join(replace(preset("demo"), {"parallel.threads": 1})), []
+    for trouble in ("folder", "rename"):
+        writer = checkpoint.Writer(Path(folder) / trouble, keep=2, group=world.files)
+        if rank == 0 and trouble == "folder":
+            Path(folder, "folder").write_text("in the way")
+        if rank == 0 and trouble == "rename":
+            writer._commit = refuse
+        try:
+            writer.save(1, {"model.w": torch.ones(3)}, {})
+            writer.finish()
+        except (UsageError, SystemExit) as end:
+            ends.append(f"{type(end).__name__}: {end}")
+        writer.close()
+    parallel.leave()
+    return ends
+
+
+def refuse(*_, **__):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+@pytest.mark.dist
+def test_what_keeps_the_main_process_from_writing_stops_all_and_one_says_so(tmp_path):
+    main, other = together(2, refused, str(tmp_path))
+    assert other == ["SystemExit: 2"] * 2
+    assert "step-1: Not a directory; earlier checkpoints are intact" in main[0]
+    assert "step-1: Read-only file system; earlier checkpoints are intact" in main[1]
