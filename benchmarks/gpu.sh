@@ -107,7 +107,7 @@ part_step() { # beside the peer, whose activations are larger, H takes 32 images
     share 33 --shapes vit_l16
     return $code
 }
-part_monitor() { bench monitor --seconds 6; }
+part_monitor() { bench monitor --seconds 7; }
 part_graphs() { "$PYTHON" -m benchmarks.cuda_graphs --device "$device" --out "$scratch/rows" $tiny $gate --seconds 4; }
 part_parallel() { bench parallel --seconds 6 $([ -n "$dry" ] || echo --shapes vit_b16); } # FSDP, world size 1
 part_attention() { bench attention; }
@@ -138,7 +138,7 @@ part_profile() {
 }
 
 # Seconds a part may take; those of one call are its limit together.
-declare -A most=([build]=60 [tests]=55 [ema]=45 [step]=140 [monitor]=50 [train]=40 [graphs]=30 [parallel]=30 [attention]=20
+declare -A most=([build]=60 [tests]=52 [ema]=42 [step]=140 [monitor]=58 [train]=38 [graphs]=30 [parallel]=30 [attention]=20
     [data]=22 [checkpoint]=18 [profile]=20)
 most[demos]=500 # a call of its own
 if [ -n "$dry" ]; then for part in $ALL $MORE; do most[$part]=120; done; fi # a busy CPU is no fault of the script
