@@ -1,7 +1,8 @@
-"""What mkdocs generates from the code: a page for every preset, and the facts of the runs that a page shows."""
+"""What mkdocs generates: a page for every preset, the examples' page, and the facts of the runs that a page shows."""
 
 import inspect
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "recipes/index.md", content=_index()))
+    files.append(File.generated(config, "loops.md", content=_loops()))
     for name in PRESETS:
         files.append(File.generated(config, f"recipes/{name}.md", content=_recipe(name)))
     return files
@@ -42,6 +44,12 @@ def on_page_markdown(markdown: str, **_) -> str:
     for name in figures.RUNS:
         markdown = markdown.replace(f"<!-- run: {name} -->", _run(name))
     return markdown
+
+
+def _loops() -> str:
+    """examples/README.md as a page: links to its programs become names, links into docs/ lead there."""
+    text = (Path(__file__).parent.parent / "examples" / "README.md").read_text()
+    return re.sub(r"\[([\w.]+\.py)\]\(\1\)", r"`examples/\1`", text).replace("](../docs/", "](")
 
 
 def _index() -> str:
