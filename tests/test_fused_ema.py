@@ -209,7 +209,7 @@ def test_negated_views_are_read_and_written_by_value(backend):
 def test_distances_alone_write_nothing_and_autograd_sees_no_write(backend):
     targets, sources = make([17, 2000])
     before, versions = [t.clone() for t in targets], [t._version for t in targets]
-    stats = ema_distances(targets, sources, layers=[1, 0], backend=backend)
+    stats = ema_distances(iter(targets), iter(sources), layers=[1, 0], backend=backend)
     assert all(torch.equal(t, b) for t, b in zip(targets, before, strict=True))
     assert [t._version for t in targets] == versions
     ema_update_(targets, sources, 1.0, backend=backend)

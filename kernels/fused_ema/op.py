@@ -67,32 +67,41 @@ def ema_distances(
     names: Sequence[str] | None = None,
 ) -> LayerStats:
     """What `ema_update_` would measure, without an update: no value changes, and autograd sees no write."""
-    device = targets[0].device if targets else torch.device("cpu")
-    closed = torch.zeros((), dtype=torch.bool, device=device)
-    return _run_pass(targets, sources, 1.0, layers, closed, backend, None, True, names, writes=False)
+    return _run_pass(targets, sources, 1.0, layers, None, backend, None, True, names, writes=False)
 
 
-def _run_pass(targets, sources, decay, layers, gate, backend, copies, stats, names, *, writes: bool) -> LayerStats:
+def _run_pass(
+    targets: Iterable[Tensor],
+    sources: Iterable[Tensor],
+    decay: float | Tensor,
+    layers: Sequence[int] | None,
+    gate: Tensor | None,
+    backend: str,
+    copies: Iterable[Tensor] | None,
+    stats: bool,
+    names: Sequence[str] | None,
+    writes: bool,
+) -> LayerStats:
     targets, sources = locals_of(targets, sources, "target", "source", names)
     copied = locals_of(copies, targets, "copy", "target", names)[0] if copies is not None else []
     if layers is None:
-        numbers_ = list(range(len(targets)))
+        layers = range(len(targets))
     else:
         check_layers(layers, len(targets))
-        numbers_ = [int(layer) for layer in layers]
+    numbers = [int(layer) for layer in layers]
+    num_layers = max(numbers, default=-1) + 1
     device = targets[0].device if targets else torch.device("cpu")
     weight = _weight(decay, device)
-    if gate is not None:
+    if not writes:
+        gate = torch.zeros((), dtype=torch.bool, device=device)
+    elif gate is not None:
         check_gate(gate)
         if gate.device != device:
             raise ValueError(f"gate is on {gate.device}, the targets on {device}")
-    num_layers = max(numbers_) + 1 if numbers_ else 0
-    arguments = (targets, sources, copied, weight, gate, numbers_, num_layers, backend, stats)
+    arguments = (targets, sources, copied, weight, gate, numbers, num_layers, backend, stats)
     with torch.no_grad():
         if _traced(targets):
-            check_pairs(
-                targets, sources, copied, names
-            )  # here too: one meta tensor would send all to the fake operator
+            check_pairs(targets, sources, copied, names)  # here: one meta tensor would make the operator a fake one
             sums = torch.ops.fused_ema.update_(*arguments)
         else:
             sums = _run(*arguments, names)
