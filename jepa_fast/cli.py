@@ -44,18 +44,18 @@ class Command:
 def parse(argv: list[str]) -> Command:
     """Raises UsageError: unknown preset or field (with the nearest name), a value of the wrong kind or out of range."""
     rest, resume = _take_resume(list(argv))
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not resume:
-        resume = "auto"  # torchrun started us again: go on
+    restarted = bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) and not resume
+    resume = "auto" if restarted else resume  # torchrun started us again: go on, but with no run of another job
     rest, processes = _take_dry_run(rest)
     if processes:
-        return Command(_configuration(rest, resume), resume, "dry-run", processes)
+        return Command(_configuration(rest, resume, restarted), resume, "dry-run", processes)
     for action in ("help", "list", "print-config"):
         if f"--{action}" in rest or (action == "help" and "-h" in rest):
             rest = [a for a in rest if a not in (f"--{action}", "-h")]
             if action != "print-config":
                 return Command(Config(), resume, action)
-            return Command(_configuration(rest, resume), resume, action)
-    return Command(_configuration(rest, resume), resume)
+            return Command(_configuration(rest, resume, restarted), resume, action)
+    return Command(_configuration(rest, resume, restarted), resume)
 
 
 def _take_resume(argv: list[str]) -> tuple[list[str], str]:
@@ -99,12 +99,12 @@ def answer(command: Command) -> str:
     return USAGE if command.action == "help" else listing()
 
 
-def _configuration(args: list[str], resume: str) -> Config:
+def _configuration(args: list[str], resume: str, restarted: bool) -> Config:
     name = args.pop(0) if args and not args[0].startswith("-") else ""
     base = preset(name) if name else default_config()
     config = _override(base, args)
     if resume:
-        folder = Path(config.run.dir) if config.run.dir else rundir.newest(config.preset)
+        folder = Path(config.run.dir) if config.run.dir else rundir.newest(config.preset, own=restarted)
         saved = rundir.saved_config(folder) if folder else None
         if saved is not None:  # the run's own configuration is the base; the command line goes over it
             if name and saved.preset != name:

@@ -26,11 +26,11 @@ def next_free(preset: str, root: Path = Path("runs")) -> Path:
     return root / f"{preset}-{max(taken, default=0) + 1}"
 
 
-def newest(preset: str, root: Path = Path("runs")) -> Path | None:
-    """The run folder of `preset` to continue, or None: that of this torchrun job, if it was restarted; else the newest."""
+def newest(preset: str, root: Path = Path("runs"), own: bool = False) -> Path | None:
+    """The run folder of `preset` to continue, or None: that of this torchrun job; else the newest, unless only `own` will do."""
     folders = [root / f"{preset}-{n}" for n in sorted(_numbers(preset, root), reverse=True)]
     mine = [f for f in folders if job() and _holder(f).get("job") == job()]
-    return next(iter(mine or folders), None)
+    return next(iter(mine or ([] if own else folders)), None)
 
 
 def _numbers(preset: str, root: Path) -> list[int]:

@@ -180,6 +180,8 @@ def test_a_restarted_worker_resumes_the_folder_of_its_own_job(monkeypatch, tmp_p
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     assert rundir.newest("demo").name == "demo-1" and cli.parse(["demo"]).resume == "auto"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a third that fell before it had a folder")
+    assert rundir.newest("demo", own=True) is None and cli.parse(["demo"]).config.run.dir == ""
 
 
 def holds_a_lock(place, told):
