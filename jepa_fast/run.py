@@ -1,7 +1,6 @@
 """A training run: its parts, its records and checkpoints, and its close, with a verdict. `assemble` puts one together."""
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -161,11 +160,8 @@ def watched(run: Run) -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         if not isinstance(error, UsageError):
             survive.note_error(run.folder, run.world, run.clock, error)
-        line = survive.lost_contact(error, run.world, run.clock)
-        if line is None:
-            raise
-        print(f"error: {line}", flush=True)
-        os._exit(1)  # threads that wait for the lost process would hold up a normal exit
+        survive.end_if_alone(error, run.world, f"{run.clock.phase_now} of step {run.clock.step}")
+        raise
     finally:
         dog.close()
         run.loader.close()

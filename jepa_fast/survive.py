@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -153,15 +155,27 @@ class Watchdog:
         return f"{said}; furthest behind, at step {behind}: {', '.join(late)}"
 
 
-def lost_contact(error: BaseException, world: World, clock: Clock) -> str | None:
-    """One line for an error that another process's death or silence explains; None for any other."""
+def end_if_alone(error: BaseException, world: World, where: str) -> None:
+    """End the process with one line if another process's death or silence explains the error; else return."""
     reason = str(error).strip().split("\n")[0]
     if world.size == 1 or not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in LOST):
-        return None
-    return (
-        f"rank {world.rank} of {world.size} lost contact with another process in {clock.phase_now} of step {clock.step} "
-        f"({reason[:160]}): the first process that failed says why, above or in errors-rank*.jsonl of the run folder"
+        return
+    print(
+        f"error: rank {world.rank} of {world.size} lost contact with another process in {where} "
+        f"({reason[:160]}): the first process that failed says why, above or in errors-rank*.jsonl of the run folder",
+        flush=True,
     )
+    os._exit(1)  # threads that wait for the lost process would hold up a normal exit
+
+
+@contextmanager
+def in_company(world: World) -> Iterator[None]:
+    """Around the set-up, in which processes wait for one another too."""
+    try:
+        yield
+    except RuntimeError as error:
+        end_if_alone(error, world, "set-up")
+        raise
 
 
 def note_error(folder: Path, world: World, clock: Clock, error: BaseException) -> None:

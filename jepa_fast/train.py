@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     world = parallel.join(command.config)
     try:
         with survive.Preemption(world) as stop:
-            run = set_up(command.config, command.resume, world, stop)
+            with survive.in_company(world):
+                run = set_up(command.config, command.resume, world, stop)
             with watched(run):
                 train(run)
             close(run)

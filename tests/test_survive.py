@@ -17,7 +17,7 @@ from test_parallel import TINY, agree, metrics
 from together import CONTEXT, free_port, together
 
 from fused_ema.op import local
-from jepa_fast import checkpoint, cli, report, run, rundir, survive, train
+from jepa_fast import checkpoint, cli, parallel, report, run, rundir, survive, train
 from jepa_fast.clock import Clock
 from jepa_fast.config import Config
 from jepa_fast.errors import UsageError
@@ -330,6 +330,22 @@ def test_a_process_that_dies_takes_the_job_down_with_a_clear_line():
     assert re.match(r"error: rank 0 of 2 lost contact with another process in \w+ of step 2 \(", said)
     noted = read(Path("x/errors-rank0.jsonl"))
     assert noted[0]["rank"] == 0 and noted[0]["step"] == 2 and noted[0]["traceback"]
+
+
+def dies_early(rank):
+    """Rank 1 dies while rank 0 opens the data and waits for it."""
+    sys.stdout = open(f"said-{rank}", "w", buffering=1)  # noqa: SIM115
+    if rank == 1:
+        parallel.join(cli.parse(["demo", *TINY]).config)
+        os._exit(9)
+    train.main(["demo", *TINY])
+
+
+@pytest.mark.dist
+def test_a_process_that_dies_in_set_up_takes_the_job_down_too():
+    assert together(2, dies_early, statuses=True) == [1, 9]
+    said = Path("said-0").read_text().strip().splitlines()[-1]
+    assert said.startswith("error: rank 0 of 2 lost contact with another process in set-up (")
 
 
 def test_the_watchdog_names_the_phase_once_a_silence(capsys):
