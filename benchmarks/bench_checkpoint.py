@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(bench: Bench, shape: str, folder: Path) -> None:
     name, on_cpu, on_cuda = SHAPES[shape]
-    step = OneStep(name, on_cuda if bench.device.type == "cuda" else on_cpu, bench.device, {"train.precision": "bf16"})
+    cuda = bench.device.type == "cuda"
+    dtype = "bfloat16" if cuda else "float32"  # few CPUs multiply bf16
+    step = OneStep(name, on_cuda if cuda else on_cpu, bench.device, {"train.precision": "bf16" if cuda else "fp32"})
     step()  # moments are there
     writer = checkpoint.Writer(folder, keep=1)
     number = iter(range(1, 10**9))
@@ -71,13 +73,13 @@ def measure(bench: Bench, shape: str, folder: Path) -> None:
         written()
         checkpoint.verify(folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip())
 
-    case = bench.case(shape, "bfloat16")
+    case = bench.case(shape, dtype)
     case.add("step", step, check=step, before=writer.finish)
     case.add("step+checkpoint", stepped, check=verified, before=writer.finish)
     case.add("written", written, check=verified, before=writer.finish)
     case.add("torch.save", lambda: torch.save(tensors(), folder / "plain.pt"), check=step, before=writer.finish)
     num_bytes = sum(t.numel() * t.element_size() for t in tensors().values())
-    bench.record(shape, "bfloat16", "written", "bytes", "GB", [num_bytes / 1e9])
+    bench.record(shape, dtype, "written", "bytes", "GB", [num_bytes / 1e9])
     if case.run():
         case.overhead("overhead_steps", over="step")
         case.rate("bytes_per_s", "GB/s", num_bytes / 1e9)
