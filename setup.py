@@ -46,7 +46,8 @@ def extension(name: str, folder: str) -> Pybind11Extension:
         sorted(glob(f"{folder}/*.cpp")),
         depends=sorted(glob(f"{folder}/*.h")),
         cxx_std=17,
-        extra_compile_args=[] if sys.platform == "win32" else ["-O3", *openmp],
+        # psabi: vectors as arguments, of functions that are always inlined
+        extra_compile_args=[] if sys.platform == "win32" else ["-O3", "-Wno-psabi", *openmp],
         extra_link_args=openmp,
     )
 

@@ -20,6 +20,7 @@ from fused_ema import available_backends, ema_update_
 from jepa_fast import __version__, cli, cores
 from jepa_fast.config import Masks
 from jepa_fast.data import masks
+from jepa_fast.data.extension import extension
 from jepa_fast.data.packing import plan
 from jepa_fast.errors import Arguments, one_line_errors
 from jepa_fast.model.attention import choose_backend
@@ -96,7 +97,8 @@ def choices(device: torch.device) -> Iterator[tuple[str, str]]:
     )
     why = "" if ema != "torch" else " (the C++ extension was not built: a compiler and a new installation mend it)"
     yield "EMA kernel", f"{ema} of {', '.join(backends)}{why if device.type == 'cpu' else ''}"
-    yield "mask sampler", "C++" if masks.extension() else "Python (the C++ extension was not built: slower, same masks)"
+    yield "mask sampler", "C++" if extension() else "Python (the C++ extension was not built: slower, same masks)"
+    yield "image resize", "C++" if extension() else "Pillow (the C++ extension was not built: slower, same pixels)"
     backend, reason = choose_backend(device, half=device.type == "cuda")
     yield "ragged attention", f"{backend} ({reason})"
     yield (
@@ -202,7 +204,7 @@ def _test_ema(backend: str, device: torch.device) -> tuple[bool, str]:
 
 def _test_masks() -> tuple[bool, str]:
     """The C++ sampler draws what the Python one draws, bit for bit, in every mode for images."""
-    if masks.extension() is None:
+    if extension() is None:
         return True, "Python sampler only: nothing to compare"
     numbers = np.arange(64)
     for mode in ("reference", "fixed", "subsampled", "packed"):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from jepa_fast.config import Masks
 from jepa_fast.data import masks
+from jepa_fast.data.extension import extension
 from jepa_fast.data.masks import check_masks, sample_masks
 from jepa_fast.data.masks_reference import Stream, stream_keys
 from jepa_fast.errors import UsageError
@@ -24,7 +25,7 @@ TOKENS = ("random", "bernoulli")
 GRID = (14, 14)
 ONE_SIZE = {"target_scale": (0.18, 0.18), "target_aspect": (1.0, 1.0), "context_scale": (0.9, 0.9)}  # 6x6 in 13x13
 
-needs_cpp = pytest.mark.skipif(masks.extension() is None, reason="jepa_fast_C is not built")
+needs_cpp = pytest.mark.skipif(extension() is None, reason="jepa_fast_C is not built")
 
 
 def _config(mode, **changes):
@@ -124,10 +125,10 @@ def test_without_a_fitting_extension_python_serves_after_one_warning(monkeypatch
     expected = _sample(_config("packed"))
     if cause == "stale":
         pytest.importorskip("jepa_fast_C")
-        monkeypatch.setattr(masks, "EXTENSION_ABI", -1)
+        monkeypatch.setattr("jepa_fast.data.extension.ABI", -1)
     else:
         monkeypatch.setitem(sys.modules, "jepa_fast_C", None)
-    masks.extension.cache_clear()
+    extension.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="version .* reinstall" if cause == "stale" else "cannot be used"):
             _assert_equal(_sample(_config("packed")), expected)
@@ -137,7 +138,7 @@ def test_without_a_fitting_extension_python_serves_after_one_warning(monkeypatch
         with pytest.raises(ValueError, match="not installed"):
             _sample(_config("packed"), backend="cpp")
     finally:
-        masks.extension.cache_clear()
+        extension.cache_clear()
 
 
 # ---- pure functions of their numbers --------------------------------------------------------------

@@ -4,10 +4,6 @@
 // The same draws as jepa_fast/data/masks_reference.py, bit for bit, which is why there is no floating point here:
 // scales, aspects and probabilities arrive as whole numbers. Serial: a batch takes less time than waking threads.
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -15,11 +11,9 @@
 #include <stdexcept>
 #include <vector>
 
-namespace py = pybind11;
+#include "module.h"
 
 namespace {
-
-constexpr int kAbi = 1;
 
 using Numbers = std::vector<int64_t>;
 template <class T>
@@ -212,9 +206,7 @@ py::object draw_bernoulli(const Array<uint64_t>& keys, int64_t num_tokens, uint6
 
 }  // namespace
 
-PYBIND11_MODULE(jepa_fast_C, m) {
-    m.doc() = "Mask sampler; use it through jepa_fast.data.masks.";
-    m.attr("ABI") = kAbi;
+void define_masks(py::module_& m) {
     m.def("draw_blocks", &draw_blocks, py::arg("keys"), py::arg("sizes"), py::arg("grid"), py::arg("within"),
           py::arg("num_targets"), py::arg("need"), py::arg("keep"), py::arg("tries"));
     m.def("draw_exact", &draw_exact, py::arg("keys"), py::arg("num_tokens"), py::arg("hidden"));

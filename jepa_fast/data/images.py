@@ -1,28 +1,32 @@
 """Encoded images -> uint8 pixels of the training size. In: JPEG, PNG, ... bytes. Out: uint8 [C, size, size].
 
-JPEG is decoded by libjpeg-turbo (simplejpeg) and resized by torch's antialiased uint8 kernel: both leave Python's lock,
-and both are faster than Pillow, by how much benchmarks/bench_data.py says. Pillow decodes the rest, and is the reference
-of the tests. Normalisation happens on the device, on what arrives as uint8: a quarter of the bytes to move.
+JPEG is decoded by libjpeg-turbo (simplejpeg) and resized in C++: both leave Python's lock, both give Pillow's pixels bit
+for bit, and both are faster, by how much benchmarks/bench_data.py says. Pillow decodes the rest, and is the reference of
+the tests. Normalisation happens on the device, on what arrives as uint8: a quarter of the bytes to move.
 """
 
 import io
 import math
+import threading
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch.nn.functional import interpolate
 
+from jepa_fast.data.extension import extension
 from jepa_fast.data.shards import BadSample
 
 MOST_PIXELS = 2**26  # 67 million: 200 MB decoded, in every thread
+MOST_KEPT = 2**24  # bytes that a thread keeps for the next image; fresh memory costs a sixth of a decode
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+Box = tuple[int, int, int, int]  # top, left, height, width
+_kept = threading.local()
 
 
-def decode(data: bytes, channels: int) -> tuple[np.ndarray, bool]:
+def decode(data: bytes, channels: int, reuse: bool = False) -> tuple[np.ndarray, bool]:
     """(uint8 [H, W, 3], or [H, W, 1] for one channel; whether Pillow decoded it). Raises BadSample.
 
-    Pillow takes what is no JPEG, and the JPEGs that simplejpeg refuses: CMYK, and a damaged one that Pillow may still
+    With `reuse` the pixels are this thread's until it decodes again. Pillow takes what is no JPEG, and the JPEGs that simplejpeg refuses: CMYK, and a damaged one that Pillow may still
     read. EXIF orientation is ignored, as ImageNet's usual pipelines do.
     """
     if not data:
@@ -32,7 +36,8 @@ def decode(data: bytes, channels: int) -> tuple[np.ndarray, bool]:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             _refuse_bomb(width, height)
             if colours not in ("CMYK", "YCCK"):  # Pillow's conversion of inks is the reference
-                return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY"), False
+                buffer = _memory(height * width * channels) if reuse else None
+                return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", buffer=buffer), False
         except ValueError:
             pass
     try:
@@ -51,6 +56,15 @@ def decode(data: bytes, channels: int) -> tuple[np.ndarray, bool]:
         ) from None
 
 
+def _memory(size: int) -> np.ndarray | None:
+    """At least `size` bytes that are this thread's own; None where they are too many to be kept."""
+    if size > MOST_KEPT:
+        return None
+    if not hasattr(_kept, "memory") or len(_kept.memory) < size:
+        _kept.memory = np.empty(size, np.uint8)
+    return _kept.memory
+
+
 def _refuse_bomb(width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
         raise BadSample(f"has {width} x {height} pixels, more than {MOST_PIXELS}", "too_large")
@@ -67,35 +81,50 @@ def _pixels(image: Image.Image, channels: int) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def random_resized_crop(
-    pixels: np.ndarray, size: int, scale: tuple[float, float], rng: np.random.Generator, how: str = "bilinear"
-) -> np.ndarray:
-    """A crop of `scale` of the area and aspect 3/4 to 4/3, resized to [C, size, size]: torchvision's RandomResizedCrop."""
-    height, width = pixels.shape[:2]
+def random_box(height: int, width: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
+    """A box of `scale` of the area and aspect 3/4 to 4/3, as torchvision's RandomResizedCrop takes it."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-            return resize(pixels[top : top + h, left : left + w], size, how)
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
     # The image is longer than any crop: the middle, at the nearest allowed aspect.
     w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
-    top, left = (height - h) // 2, (width - w) // 2
-    return resize(pixels[top : top + h, left : left + w], size, how)
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_resized_crop(
+    pixels: np.ndarray, size: int, scale: tuple[float, float], rng: np.random.Generator, how: str = "bilinear"
+) -> np.ndarray:
+    """A random box of the image, resized to [C, size, size]."""
+    return _crop(pixels, random_box(*pixels.shape[:2], scale, rng), size, how)
 
 
 def center_crop(pixels: np.ndarray, size: int, shorter: int, how: str = "bilinear") -> np.ndarray:
     """The middle [C, size, size] of the image resized so that its shorter side has `shorter` pixels (evaluation)."""
     height, width = pixels.shape[:2]
     side = max(1, round(size / shorter * min(height, width)))
-    top, left = (height - side) // 2, (width - side) // 2
-    return resize(pixels[top : top + side, left : left + side], size, how)
+    return _crop(pixels, ((height - side) // 2, (width - side) // 2, side, side), size, how)
+
+
+def _crop(pixels: np.ndarray, box: Box, size: int, how: str) -> np.ndarray:
+    top, left, height, width = box
+    return resize(pixels[top : top + height, left : left + width], size, how)
 
 
 def resize(pixels: np.ndarray, size: int, how: str = "bilinear") -> np.ndarray:
-    """uint8 [H, W, C] -> [C, size, size], antialiased, `bilinear` or `bicubic`; unchanged where it has that size."""
+    """uint8 [H, W, C] -> [C, size, size] of its own, antialiased, `bilinear` or `bicubic`: Pillow's pixels, bit for bit."""
     if pixels.shape[:2] == (size, size):
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # [1, C, H, W], channels last
-    return interpolate(planes, size=(size, size), mode=how, antialias=True)[0].contiguous().numpy()
+        return pixels.transpose(2, 0, 1).copy()
+    module = extension()
+    return resize_by_pillow(pixels, size, how) if module is None else module.resize(pixels, size, how == "bicubic")
+
+
+def resize_by_pillow(pixels: np.ndarray, size: int, how: str) -> np.ndarray:
+    """`resize` without the extension: rows and columns one after the other, in Pillow 13's order with any Pillow."""
+    height, width, channels = pixels.shape
+    columns_first = height - size > 2 * max(0, width - size)
+    image = Image.fromarray(pixels if channels == 3 else pixels[:, :, 0])
+    image = image.resize((width, size) if columns_first else (size, height), FILTERS[how])
+    return np.asarray(image.resize((size, size), FILTERS[how])).reshape(size, size, channels).transpose(2, 0, 1).copy()

@@ -15,7 +15,8 @@ import numpy as np
 
 from jepa_fast.config import Masks
 from jepa_fast.data.embedded import texture
-from jepa_fast.data.masks import MaskBatch, check_masks, extension, sample_masks, visible_before_cut
+from jepa_fast.data.extension import extension
+from jepa_fast.data.masks import MaskBatch, check_masks, sample_masks, visible_before_cut
 from jepa_fast.data.masks_reference import BLOCKLESS, MODES
 from jepa_fast.errors import UsageError, one_line_errors
 

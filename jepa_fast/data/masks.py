@@ -11,13 +11,10 @@ few context tokens has all its locations drawn again, a bounded number of times,
 min_keep is the fewest tokens that will do, where I-JEPA asks for one more.
 """
 
-import importlib
 import math
 import sys
 import typing
-import warnings
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 from typing import Literal, NoReturn
 
@@ -25,9 +22,9 @@ import numpy as np
 
 from jepa_fast.config import Masks
 from jepa_fast.data import masks_reference as reference
+from jepa_fast.data.extension import extension
 from jepa_fast.data.masks_reference import BLOCKLESS, ROWS, SIZES, Drawn, check_setting, refuse, stream_keys
 
-EXTENSION_ABI = 1  # of jepa_fast_C; raised together with the C++ side
 TRIES = 1000  # draws of one row's locations before the setting is refused
 CHECK_TRIES = 50  # a setting that passes with these few will not use up the many
 CUT = ("reference", "fixed")  # modes whose contexts are cut to the shortest of the group
@@ -133,27 +130,6 @@ def _sampler(backend: Backend) -> ModuleType:
     if module is None and backend == "cpp":
         raise ValueError("backend 'cpp' is not installed; reinstall (pip install .), or use 'python'")
     return module or reference
-
-
-@cache
-def extension() -> ModuleType | None:
-    """jepa_fast_C, or None after one warning that says what to do."""
-    try:
-        module = importlib.import_module("jepa_fast_C")
-    except ImportError as error:
-        _warn(
-            f"the C++ mask sampler cannot be used ({error}); the Python one serves, slower; for speed install a C++ compiler, then this package again"
-        )
-        return None
-    if getattr(module, "ABI", None) != EXTENSION_ABI:
-        found = f"jepa_fast_C is version {getattr(module, 'ABI', None)} and this package needs {EXTENSION_ABI}"
-        _warn(f"{found}; reinstall (pip install .); the slower Python sampler serves")
-        return None
-    return module
-
-
-def _warn(message: str) -> None:
-    warnings.warn(f"jepa_fast: {message}", RuntimeWarning, stacklevel=5)
 
 
 # ---- checks -------------------------------------------------------------------------------------

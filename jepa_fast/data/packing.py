@@ -21,7 +21,8 @@ from torch import Tensor
 from jepa_fast import schedules
 from jepa_fast.config import Config
 from jepa_fast.data import masks_reference as reference
-from jepa_fast.data.masks import MaskBatch, extension, sample_masks
+from jepa_fast.data.extension import extension
+from jepa_fast.data.masks import MaskBatch, sample_masks
 
 
 @dataclass(frozen=True)

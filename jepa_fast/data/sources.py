@@ -82,7 +82,7 @@ class ImageSource:
         if isinstance(raw, np.ndarray):
             pixels = raw if raw.ndim == 3 else raw[:, :, None]
         else:
-            pixels, by_pillow = images.decode(raw, self.data.channels)
+            pixels, by_pillow = images.decode(raw, self.data.channels, reuse=True)
         self.counts.add(len(raw) if isinstance(raw, bytes) else raw.nbytes, by_pillow)
         if not self.data.random_crop:
             return images.resize(pixels, size, how)
