@@ -25,7 +25,7 @@ from jepa_fast import config as configuration
 from jepa_fast.config import Config, Data, Model
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.shards import BadSample
-from jepa_fast.data.sources import Source
+from jepa_fast.data.sources import Source, evaluated
 from jepa_fast.errors import UsageError
 from jepa_fast.interop import Pretrained, load_encoder
 from jepa_fast.model.jepa import initialise
@@ -218,7 +218,7 @@ def _batches(
         drawn = np.random.default_rng(0).permutation(len(source))[:limit] if limit else np.arange(len(source))
         for index in np.sort(drawn).tolist():
             try:
-                inputs.append(source.load(index, None))
+                inputs.append(evaluated(source, index))
             except BadSample as error:
                 bad.append(f"{source.key(index)}: {error}")
                 continue

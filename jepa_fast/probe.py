@@ -21,7 +21,7 @@ from jepa_fast import checkpoint, rundir
 from jepa_fast.config import Config, replace
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.shards import BadSample
-from jepa_fast.data.sources import Source
+from jepa_fast.data.sources import Source, evaluated
 from jepa_fast.errors import UsageError, one_line_errors
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import probes
@@ -63,7 +63,7 @@ def pooled(source: Source, count: int, encoders: dict[str, nn.Module], device: t
 
     def read(index: int) -> np.ndarray | None:
         try:
-            return source.load(int(index), None)
+            return evaluated(source, int(index))
         except BadSample:
             return None
 

@@ -135,6 +135,7 @@ def _check_geometry(c: Config) -> None:
             "needs at least two tokens",
         )
     else:
+        _require(c.data.decoder == "cpu", "data.decoder", c.data.decoder, "a series is no JPEG; leave it out")
         _require(
             c.masks.mode in ("random", "bernoulli"), "masks.mode", c.masks.mode, "a series takes random or bernoulli"
         )

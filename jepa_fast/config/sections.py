@@ -39,6 +39,9 @@ class Data:
     """Share of the image's area that a crop takes."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Antialiased, either way."""
+    decoder: Literal["cpu", "nvjpeg"] = "cpu"
+    """Of JPEGs for training: `nvjpeg` decodes and crops whole batches on the GPU, for machines with few cores to each; needs
+    torchvision."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     series_length: int = 500

@@ -17,7 +17,7 @@ from jepa_fast.data.from_shards import open_shards, open_stream
 from jepa_fast.data.health import TRUSTED, Bad
 from jepa_fast.data.parts import Parts, digest
 from jepa_fast.data.shards import BadSample
-from jepa_fast.data.sources import ImageSource, Joined, Source, Subset
+from jepa_fast.data.sources import ImageSource, Joined, Source, Subset, evaluated
 from jepa_fast.errors import UsageError
 
 HELD_OUT = 5000  # at most, of a set without a test split
@@ -143,7 +143,7 @@ def _shape(source: Source) -> tuple[int, ...]:
     trouble = BadSample("there are no samples")
     for index in range(min(100, len(source))):
         try:
-            return source.load(index, None).shape
+            return evaluated(source, index).shape
         except BadSample as error:
             trouble = error
     raise UsageError(f"none of the first samples can be read; {source.key(0)}: {trouble}")

@@ -31,13 +31,11 @@ def decode(data: bytes, channels: int, reuse: bool = False) -> tuple[np.ndarray,
     """
     if not data:
         raise BadSample("is empty (0 bytes)", "empty")
-    if data[:2] == b"\xff\xd8":
+    shape = plain_jpeg(data)
+    if shape is not None:
         try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            _refuse_bomb(width, height)
-            if colours not in ("CMYK", "YCCK"):  # Pillow's conversion of inks is the reference
-                buffer = _memory(height * width * channels) if reuse else None
-                return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", buffer=buffer), False
+            buffer = _memory(shape[0] * shape[1] * channels) if reuse else None
+            return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", buffer=buffer), False
         except ValueError:
             pass
     try:
@@ -54,6 +52,18 @@ def decode(data: bytes, channels: int, reuse: bool = False) -> tuple[np.ndarray,
         raise BadSample(
             f"not a readable image ({type(error).__name__}: {error})".replace("\n", " "), "undecodable"
         ) from None
+
+
+def plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that needs no Pillow, by its header; None of anything else. Raises BadSample for a bomb."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    _refuse_bomb(width, height)
+    return None if colours in ("CMYK", "YCCK") else (height, width)  # Pillow's conversion of inks is the reference
 
 
 def _memory(size: int) -> np.ndarray | None:
@@ -98,17 +108,19 @@ def random_resized_crop(
     pixels: np.ndarray, size: int, scale: tuple[float, float], rng: np.random.Generator, how: str = "bilinear"
 ) -> np.ndarray:
     """A random box of the image, resized to [C, size, size]."""
-    return _crop(pixels, random_box(*pixels.shape[:2], scale, rng), size, how)
+    height, width = pixels.shape[:2]
+    return crop(pixels, random_box(height, width, scale, rng), size, how)
 
 
 def center_crop(pixels: np.ndarray, size: int, shorter: int, how: str = "bilinear") -> np.ndarray:
     """The middle [C, size, size] of the image resized so that its shorter side has `shorter` pixels (evaluation)."""
     height, width = pixels.shape[:2]
     side = max(1, round(size / shorter * min(height, width)))
-    return _crop(pixels, ((height - side) // 2, (width - side) // 2, side, side), size, how)
+    return crop(pixels, ((height - side) // 2, (width - side) // 2, side, side), size, how)
 
 
-def _crop(pixels: np.ndarray, box: Box, size: int, how: str) -> np.ndarray:
+def crop(pixels: np.ndarray, box: Box, size: int, how: str) -> np.ndarray:
+    """A box of the image, resized to [C, size, size]."""
     top, left, height, width = box
     return resize(pixels[top : top + height, left : left + width], size, how)
 

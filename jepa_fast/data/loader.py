@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jepa_fast import schedules
 from jepa_fast.config import Config
-from jepa_fast.data import packing
+from jepa_fast.data import nvjpeg, packing
 from jepa_fast.data.health import TRUSTED, Bad, Health
 from jepa_fast.data.masks import sample_masks
 from jepa_fast.data.mixture import Mixture
@@ -27,7 +27,7 @@ from jepa_fast.data.order import Order, philox
 from jepa_fast.data.packing import Ladder, MaskPlan
 from jepa_fast.data.ring import Ring, cuda_mark
 from jepa_fast.data.shards import BadSample
-from jepa_fast.data.sources import Joined, Source
+from jepa_fast.data.sources import Encoded, Joined, Source
 from jepa_fast.data.streams import Arrival, Stream
 from jepa_fast.errors import UsageError
 
@@ -49,10 +49,15 @@ class HostBatch:
     epochs: np.ndarray  # int64 [b]
     samples: np.ndarray  # int64 [b], after bad ones were replaced
     wait: float = field(default=0.0)  # seconds the loop waited for it
+    ready: torch.cuda.Event | None = None  # of inputs that the device makes itself
 
     def parts(self, device: torch.device) -> Iterator[tuple[Tensor, MaskPlan, float]]:
         """(inputs, masks, share of this batch) of each micro batch, on `device`."""
         done = 0
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(self.ready)
+            self.inputs.record_stream(stream)
         for plan in self.plans:
             count = plan.context_cu.numel() - 1
             inputs = self.inputs[done : done + count].to(device, non_blocking=True)
@@ -70,6 +75,7 @@ class _Begun:
     epochs: np.ndarray
     samples: np.ndarray
     parts: list[Future]
+    encoded: dict[int, Encoded] = field(default_factory=dict)  # rows that the device is to decode
 
 
 class Loader:
@@ -92,6 +98,7 @@ class Loader:
             source.share(rank, world_size)
         self.health = Health(lambda: source.counts)
         self._bad_samples: dict[int, Bad] = {}
+        self._decoder = nvjpeg.device_decoder(config.data) if config.data.decoder == "nvjpeg" else None
         self._pin = torch.cuda.is_available()
         self._device = torch.cuda.current_device() if self._pin else None
         self._ring: Ring | None = None
@@ -184,19 +191,42 @@ class Loader:
             for i in range(0, len(masks.context_lengths), self.micro)
         ]
         busy = [part.result() for part in batch.parts]
+        inputs, ready = batch.inputs, None
+        if self._decoder is not None:
+            inputs, ready = self._decode(batch, self._decoder), self._decoder.mark()
         self.health.add(len(batch.samples), sum(busy), list(self._bad_samples.values()))
         self._refuse_too_many_bad()
         if self._pin:
             plans = [plan.pin() for plan in plans]
-        return HostBatch(batch.step, batch.inputs, plans, batch.epochs, batch.samples)
+        return HostBatch(batch.step, inputs, plans, batch.epochs, batch.samples, ready=ready)
+
+    def _decode(self, batch: _Begun, decoder: nvjpeg.DeviceDecoder) -> Tensor:
+        """The inputs on the device. A row that cannot be decoded is replaced like one that cannot be read."""
+        rows: list[Tensor | np.ndarray] = list(batch.inputs)
+        while batch.encoded:
+            waiting, batch.encoded = batch.encoded, {}
+            for row, pixels in zip(waiting, decoder.batch(list(waiting.values())), strict=True):
+                if isinstance(pixels, Tensor):
+                    rows[row] = pixels
+                    continue
+                sample = int(batch.samples[row])
+                self._bad_samples[sample] = Bad(self.source.key(sample), pixels.kind, str(pixels))
+                further, batch.samples[row] = self._load(int(batch.epochs[row]), sample)
+                if isinstance(further, Encoded):
+                    batch.encoded[row] = further
+                else:
+                    rows[row] = further
+        return decoder.stack(rows)
 
     def _buffer(self, epoch: int, sample: int) -> Tensor:
         """Memory for the inputs of one batch."""
         if self._shape is None:
-            first = torch.from_numpy(self._load(epoch, sample)[0])
-            self._shape = ((self.rows.stop - self.rows.start, *first.shape), first.dtype)
+            first, size = self._load(epoch, sample)[0], self.config.data.image_size
+            if isinstance(first, Encoded):
+                first = np.empty((self.config.data.channels, size, size), np.uint8)
+            self._shape = ((self.rows.stop - self.rows.start, *first.shape), torch.from_numpy(first).dtype)
         shape, dtype = self._shape
-        if not self._pin:
+        if not self._pin or self._decoder is not None:
             return torch.empty(shape, dtype=dtype)
         if self._ring is None:
             self._ring = Ring(AHEAD + IN_WORK + 2, lambda: torch.empty(shape, dtype=dtype, pin_memory=True), cuda_mark)
@@ -211,10 +241,14 @@ class Loader:
         began = time.perf_counter()
         inputs = batch.inputs.numpy()
         for row in rows.tolist():
-            inputs[row], batch.samples[row] = self._load(int(batch.epochs[row]), int(asked[row]))
+            values, batch.samples[row] = self._load(int(batch.epochs[row]), int(asked[row]))
+            if isinstance(values, Encoded):
+                batch.encoded[row] = values
+            else:
+                inputs[row] = values
         return time.perf_counter() - began
 
-    def _load(self, epoch: int, sample: int) -> tuple[np.ndarray, int]:
+    def _load(self, epoch: int, sample: int) -> tuple[np.ndarray | Encoded, int]:
         """The sample, or the next that can be read; and which it was."""
         rng = np.random.Generator(philox(self.seed, epoch, sample))
         for further in range(len(self.source)):

@@ -41,10 +41,10 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
+    def load(self, index: int, rng: np.random.Generator | None) -> "np.ndarray | Encoded":
         """Sample `index`: uint8 [C, H, W] or float32 [C, L]; augmented with `rng`, as for evaluation without.
 
-        Raises BadSample.
+        Encoded only with `rng`, and if data.decoder asks for it. Raises BadSample.
         """
         ...
 
@@ -55,6 +55,14 @@ class Source(Protocol):
     def prepare(self, indices: np.ndarray) -> None:
         """What is going to be loaded next: a source may begin to read."""
         ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A JPEG that is decoded later, with others, and the box of it that is wanted."""
+
+    data: bytes
+    box: images.Box
 
 
 def nothing(indices: np.ndarray) -> None:
@@ -76,8 +84,16 @@ class ImageSource:
     def __len__(self) -> int:
         return self.count
 
-    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
+    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray | Encoded:
         raw, size, how = self.read(index), self.data.image_size, self.data.interpolation
+        if rng is not None and self.data.decoder == "nvjpeg" and isinstance(raw, bytes):
+            shape = images.plain_jpeg(raw)
+            if shape is not None:
+                self.counts.add(len(raw))
+                whole = (0, 0, *shape)
+                return Encoded(
+                    raw, images.random_box(*shape, self.data.crop_scale, rng) if self.data.random_crop else whole
+                )
         by_pillow = False
         if isinstance(raw, np.ndarray):
             pixels = raw if raw.ndim == 3 else raw[:, :, None]
@@ -128,7 +144,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
+    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray | Encoded:
         return self.source.load(int(self.indices[index]), rng)
 
     def key(self, index: int) -> str:
@@ -160,7 +176,7 @@ class Joined:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
+    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray | Encoded:
         source, place = self._place(index)
         return source.load(place, rng)
 
@@ -179,6 +195,13 @@ class Joined:
         return self.sources[k], index - self._starts[k]
 
 
+def evaluated(source: Source, index: int) -> np.ndarray:
+    """A sample as for evaluation. Raises BadSample."""
+    values = source.load(index, None)
+    assert isinstance(values, np.ndarray)
+    return values
+
+
 def fixed_draw(source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(inputs [n, ...], their numbers int64 [n]): `count` samples, or all there are; the same in every run.
 
@@ -191,7 +214,7 @@ def fixed_draw(source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
         if len(inputs) == count:
             break
         try:
-            inputs.append(source.load(int(index), None))
+            inputs.append(evaluated(source, int(index)))
             numbers.append(int(index))
         except BadSample:
             continue

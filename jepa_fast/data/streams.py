@@ -22,7 +22,7 @@ from webdataset.cache import FileCache
 from jepa_fast.data.cache import cache_folder
 from jepa_fast.data.order import shuffled
 from jepa_fast.data.shards import Shards
-from jepa_fast.data.sources import Counts, Source
+from jepa_fast.data.sources import Counts, Encoded, Source
 from jepa_fast.errors import UsageError
 
 PROMISE = (
@@ -98,7 +98,7 @@ class Stream:
         if self._arriving is not None:
             self._arriving.close()
 
-    def load(self, place: int, rng: np.random.Generator | None) -> np.ndarray:
+    def load(self, place: int, rng: np.random.Generator | None) -> np.ndarray | Encoded:
         source, sample = self._sample(place)
         return source.load(sample, rng)
 
