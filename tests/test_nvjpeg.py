@@ -107,7 +107,7 @@ def test_without_cuda_or_torchvision_it_is_refused_with_the_mend(folder, monkeyp
 
 
 def test_a_series_has_no_jpegs():
-    with pytest.raises(UsageError, match="data.decoder is 'nvjpeg'"):
+    with pytest.raises(UsageError, match=r"data\.decoder is .nvjpeg."):
         replace(preset("demo"), {"data.decoder": "nvjpeg"}).check()
 
 

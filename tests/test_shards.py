@@ -156,6 +156,20 @@ def test_shards_in_part_damaged_tell_what_is_lost(folder):
     assert len(Shards(train.files).lost) == 2  # without _info.json: the cut sample, and that the other shard is nothing
 
 
+def test_what_a_shard_held_before_it_was_cut_is_known_if_it_was_indexed_then(folder):
+    files = find(str(folder))["train"].files
+    whole = Shards(files)
+    (folder / "_info.json").unlink()
+    data = files[1].read_bytes()
+    for share in (3, 5):  # cut, and cut again: the count of the whole one is kept
+        files[1].write_bytes(data[: len(data) // share])
+        held = Shards(files)
+        assert len(held) + len(held.lost) == len(whole) == 25 and len(held) < 25 and held.told == [0, 10, 0]
+    assert Shards(files).told == [0, 10, 0], "kept in the index"
+    files[2].write_bytes(files[0].read_bytes())  # another shard, and whole: nothing is missing
+    assert Shards(files).told[2] == 0
+
+
 def test_a_shard_with_less_than_info_counts_is_noticed(folder):
     (folder / "_info.json").write_text((folder / "_info.json").read_text().replace("5\n", "6\n", 1))
     train = find(str(folder))["train"]

@@ -8,7 +8,7 @@ import numpy as np
 
 from jepa_fast.config import Data
 from jepa_fast.data import finding, series
-from jepa_fast.data.index import NO_LABEL
+from jepa_fast.data.index import NO_LABEL, Index
 from jepa_fast.data.parts import Parts, digest
 from jepa_fast.data.shards import BadSample, Shards
 from jepa_fast.data.sources import ImageSource, SeriesSource, Source, Subset
@@ -75,9 +75,9 @@ def _labels(held: list[Shards]) -> list[np.ndarray | None]:
 
 def _notes(held: list[Shards], labels: list[np.ndarray | None]) -> list[str]:
     notes = [
-        f"shard {file.name} {index.damage}; whatever came after is missing and not counted: copy it again"
+        f"shard {file.name} {index.damage}; {_behind(index, told)}: copy it again"
         for part in held
-        for file, index in zip(part.files, part.indexes, strict=True)
+        for file, index, told in zip(part.files, part.indexes, part.told, strict=True)
         if index.damage
     ]
     for part, classes in zip(held, labels, strict=True):
@@ -91,6 +91,12 @@ def _notes(held: list[Shards], labels: list[np.ndarray | None]) -> list[str]:
                 f"{len(part.repeated)} keys occur twice in a shard, both are used: {_few(part.repeated, len(part.repeated))}"
             )
     return notes
+
+
+def _behind(index: Index, told: int) -> str:
+    if not told:
+        return "how many samples came after is unknown, as neither _info.json nor an earlier index counts them"
+    return f"{max(0, told - len(index))} of its {told} samples are lost"
 
 
 def _few(names: list[str], count: int) -> str:

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from jepa_fast.data.tar import BLOCK, Member, TarDamage, Window, members
 from jepa_fast.errors import UsageError
 
 PAYLOADS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff", "npy")
-MAGIC = b"jepa-fast index 3\n"
+MAGIC = b"jepa-fast index 4\n"
 NO_LABEL = -1
 MOST_TEXT = 1 << 16  # bytes of a .cls or .json that are looked at
 ROW = np.dtype(
@@ -51,6 +51,7 @@ class Index:
     damage: str = ""  # why reading stopped before the end, or ''
     lost: list[tuple[str, str]] = field(default_factory=list)  # (key, why) of samples that are there in part
     repeated: list[str] = field(default_factory=list)  # keys that occur more than once
+    expected: int = 0  # of a damaged shard: samples it held when it was whole, if it was indexed then; 0: unknown
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,6 +78,8 @@ def index(file: Path) -> Index:
         if kept is not None:
             return kept
         made = _scan(file, stamp)
+        if made.damage:
+            made = replace(made, expected=_once(file))
     except OSError as error:
         raise UsageError(f"shard {file}: {error.strerror}; give the right --data.path, or make it readable") from None
     _store(made, file)
@@ -222,7 +225,13 @@ def _kept(file: Path, stamp: tuple[int, int]) -> Index | None:
     return next((found for place in _places(file) if (found := _load(place, stamp)) is not None), None)
 
 
-def _load(kept: Path, stamp: tuple[int, int]) -> Index | None:
+def _once(file: Path) -> int:
+    """How many samples the shard held by its latest index, of whatever stamp; 0 if there is none."""
+    earlier = next((found for place in _places(file) if (found := _load(place, None)) is not None), None)
+    return 0 if earlier is None else max(earlier.expected, len(earlier) + len(earlier.lost))
+
+
+def _load(kept: Path, stamp: tuple[int, int] | None) -> Index | None:
     """A kept index, mapped, if it is whole and of the shard of that stamp."""
     try:
         size = kept.stat().st_size
@@ -233,12 +242,12 @@ def _load(kept: Path, stamp: tuple[int, int]) -> Index | None:
             begin = stream.tell()
         count, keys, names = head.pop("count"), head.pop("key_bytes"), head.pop("name_bytes")
         rows_end = begin + count * ROW.itemsize
-        if tuple(head["stamp"]) != stamp or begin % 8 or size != rows_end + keys + names:
+        if stamp not in (None, tuple(head["stamp"])) or begin % 8 or size != rows_end + keys + names:
             return None
         # torch.from_file keeps no descriptor open; np.memmap keeps one for every shard.
         raw = torch.from_file(str(kept), shared=False, size=size, dtype=torch.uint8).numpy()
         rows = raw[begin:rows_end].view(ROW)
-        head["stamp"], head["lost"] = stamp, [(key, why) for key, why in head["lost"]]
+        head["stamp"], head["lost"] = tuple(head["stamp"]), [(key, why) for key, why in head["lost"]]
         return Index(rows=rows, keys=raw[rows_end : rows_end + keys], raw_names=raw[rows_end + keys :], **head)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None
@@ -249,6 +258,7 @@ def _store(made: Index, file: Path) -> None:
     head = {
         "stamp": made.stamp, "count": len(made), "key_bytes": len(made.keys), "name_bytes": len(made.raw_names),
         "end": made.end, "digest": made.digest, "damage": made.damage, "lost": made.lost, "repeated": made.repeated,
+        "expected": made.expected,
     }  # fmt: skip
     line = json.dumps(head).encode()
     line += b" " * (-(len(MAGIC) + len(line) + 1) % 8) + b"\n"  # the rows are aligned

@@ -37,7 +37,8 @@ class Shards:
         self.indexes = _indexes(files)
         self.starts = np.cumsum([0, *map(len, self.indexes)]).tolist()  # of each shard, and the end
         self._descriptors = Descriptors()
-        self.lost = _lost(files, self.indexes, lengths)
+        self.told = lengths or [part.expected for part in self.indexes]  # samples each should have; 0: nobody knows
+        self.lost = _lost(files, self.indexes, self.told)
         if not len(self):
             what = self.indexes[0].damage or f"holds no sample with a payload ({', '.join(PAYLOADS)})"
             raise UsageError(f"shard {files[0]} {what}; copy it again, or take it out")
@@ -147,18 +148,19 @@ def _indexes(files: list[Path]) -> list[Index]:
     return made[len(files) - first :] + made[: len(files) - first]
 
 
-def _lost(files: list[Path], indexes: list[Index], lengths: list[int] | None) -> list[tuple[str, str]]:
+def _lost(files: list[Path], indexes: list[Index], told: list[int]) -> list[tuple[str, str]]:
     """(where, why) of every sample that should be in the shards and cannot be read from them.
 
-    How many lie behind a damage is known where `_info.json` counts them; else they are one.
+    How many lie behind a damage is known where `_info.json` or an index made before the damage counts them; else they
+    are one, "the rest".
     """
     lost = []
-    for i, (file, part) in enumerate(zip(files, indexes, strict=True)):
+    for file, part, expected in zip(files, indexes, told, strict=True):
         lost += [(f"{file.name}:{key}", why) for key, why in part.lost]
-        why = f"the shard {part.damage}" if part.damage else "_info.json counts it, but the shard lacks it"
-        missing = lengths[i] - len(part) - len(part.lost) if lengths else int(bool(part.damage) and not part.lost)
         behind = len(part) + len(part.lost)
-        lost += [
-            (f"{file.name}:sample {behind + j}" if lengths else f"{file.name}:the rest", why) for j in range(missing)
-        ]
+        if expected:
+            why = f"the shard {part.damage}" if part.damage else "_info.json counts it, but the shard lacks it"
+            lost += [(f"{file.name}:sample {number}", why) for number in range(behind, expected)]
+        elif part.damage and not part.lost:
+            lost.append((f"{file.name}:the rest", f"the shard {part.damage}; how many samples came after is unknown"))
     return lost
