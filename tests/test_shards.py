@@ -161,7 +161,7 @@ def test_what_a_shard_held_before_it_was_cut_is_known_if_it_was_indexed_then(fol
     whole = Shards(files)
     (folder / "_info.json").unlink()
     data = files[1].read_bytes()
-    for share in (3, 5):  # cut, and cut again: the count of the whole one is kept
+    for share in (3, 5):  # cut behind a sample, and cut again inside one: the count of the whole one is kept
         files[1].write_bytes(data[: len(data) // share])
         held = Shards(files)
         assert len(held) + len(held.lost) == len(whole) == 25 and len(held) < 25 and held.told == [0, 10, 0]

@@ -78,8 +78,8 @@ def index(file: Path) -> Index:
         if kept is not None:
             return kept
         made = _scan(file, stamp)
-        if made.damage:
-            made = replace(made, expected=_once(file))
+        if made.damage or made.end >= stat.st_size:  # cut, possibly right behind a sample
+            made = _beside_the_earlier(made, file)
     except OSError as error:
         raise UsageError(f"shard {file}: {error.strerror}; give the right --data.path, or make it readable") from None
     _store(made, file)
@@ -225,10 +225,13 @@ def _kept(file: Path, stamp: tuple[int, int]) -> Index | None:
     return next((found for place in _places(file) if (found := _load(place, stamp)) is not None), None)
 
 
-def _once(file: Path) -> int:
-    """How many samples the shard held by its latest index, of whatever stamp; 0 if there is none."""
+def _beside_the_earlier(made: Index, file: Path) -> Index:
+    """The index of a shard without its end, and how many samples it held by its latest index, of whatever stamp."""
     earlier = next((found for place in _places(file) if (found := _load(place, None)) is not None), None)
-    return 0 if earlier is None else max(earlier.expected, len(earlier) + len(earlier.lost))
+    held = 0 if earlier is None else max(earlier.expected, len(earlier) + len(earlier.lost))
+    if held <= len(made) + len(made.lost):
+        return made
+    return replace(made, expected=held, damage=made.damage or "ends without its end mark, and held more samples before")
 
 
 def _load(kept: Path, stamp: tuple[int, int] | None) -> Index | None:
