@@ -209,7 +209,7 @@ def _introduce(run: Run) -> None:
     predictor = sum(p.numel() for p in run.jepa.predictor.parameters())
     backend, reason = choose_backend(run.world.device, config.train.precision == "bf16")
     print(f"{config.preset}: {run.dataset.description}")
-    for note in run.dataset.notes:
+    for note in [*run.dataset.notes, *filter(None, [run.loader.where])]:
         print(f"data: {note}")
     print(
         f"encoder {encoder / 1e6:.2f} M and predictor {predictor / 1e6:.2f} M parameters, {config.num_tokens} tokens, masks {config.masks.mode}"

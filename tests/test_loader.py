@@ -1,6 +1,7 @@
 """The loader: the same global batches whatever the threads, the processes and the interruptions."""
 
 import dataclasses
+import re
 import threading
 
 import numpy as np
@@ -162,6 +163,46 @@ def test_sets_are_mixed_by_weight_and_kept_apart():
     numbers = np.concatenate([b.samples for b in got])
     assert abs((numbers >= 50).mean() - 0.25) < 0.02 and 53 not in numbers
     assert torch.equal(batches(start=39, stop=40, source=source, **changes)[0].inputs, got[39].inputs)
+
+
+class Series(Noise):
+    """Without augmentation, as series are."""
+
+    def load(self, index, rng):
+        return super().load(index, np.random.default_rng(index))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_series_kept_on_the_device_are_those_read_for_every_batch(workers):
+    changes = {"data.max_bad_share": 0.5, "data.workers": workers}
+    for bad in ([], [0, 3, 4, 36]):
+        read, kept = (batches(source=Series(37, bad), **changes, **{"data.keep_on": on}) for on in ("host", "device"))
+        for a, b in zip(read, kept, strict=True):
+            assert torch.equal(a.inputs, b.inputs) and a.samples.tolist() == b.samples.tolist()
+            assert torch.equal(a.plans[0].target_index, b.plans[0].target_index)
+    loader = Loader(config(**changes, **{"data.keep_on": "device"}), Series(37, [3]), 5, 0, 1, 0, 2)
+    assert re.search(r"series: 0 MB, .* GB free on cpu: read once and kept there", loader.where)
+    list(loader)
+    loader.close()
+    assert [one.key for one in loader.bad] == ["noise:3"]
+    with pytest.raises(UsageError, match="not one of the 5 samples"):
+        batches(source=Series(5, range(5)), **{"data.keep_on": "device"})
+
+
+@pytest.mark.parametrize(("free", "on", "keep", "says"), [
+    (1e6, "auto", True, "read once and kept there"), (1e5, "auto", False, "more than 10% of it"),
+    (1e5, "device", True, "read once"), (1e6, "host", False, ""),
+])  # fmt: skip
+def test_series_are_kept_on_a_gpu_if_they_fit(monkeypatch, free, on, keep, says):
+    from jepa_fast.data import kept
+
+    monkeypatch.setattr(kept, "_free", lambda device: free)
+    data = config(**{"data.keep_on": on}).data
+    kept_there, line = kept.keeps(Series(40), data, torch.device("cuda", 0))
+    assert kept_there is keep and says in line and bool(line) == bool(says)
+    with pytest.raises(UsageError, match="too little; use host"):
+        monkeypatch.setattr(kept, "_free", lambda device: 1e4)
+        kept.keeps(Series(40), config(**{"data.keep_on": "device"}).data, torch.device("cuda", 0))
 
 
 def test_health_tells_rates_and_reasons():

@@ -48,6 +48,9 @@ class Data:
     """Samples of one series. 0: as the data have."""
     series_norm: Literal["per_series", "train", "none"] = "per_series"
     """z-normalise every series by itself, or by the training set's statistics, or not at all."""
+    keep_on: Literal["auto", "host", "device"] = "auto"
+    """Of series. `device`: read once, kept in its memory; `host`: read for every batch; auto: on a GPU, if a tenth of its free
+    memory holds them."""
     workers: int = 2
     """Decoding threads of one process."""
     max_bad_share: float = 0.01

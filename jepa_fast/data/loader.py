@@ -9,9 +9,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from jepa_fast import schedules
 from jepa_fast.config import Config
 from jepa_fast.data import nvjpeg, packing
 from jepa_fast.data.health import TRUSTED, Bad, Health
+from jepa_fast.data.kept import Kept, keeps
 from jepa_fast.data.masks import sample_masks
 from jepa_fast.data.mixture import Mixture
 from jepa_fast.data.order import Order, philox
@@ -76,6 +78,7 @@ class _Begun:
     samples: np.ndarray
     parts: list[Future]
     encoded: dict[int, Encoded] = field(default_factory=dict)  # rows that the device is to decode
+    ready: torch.cuda.Event | None = None
 
 
 class Loader:
@@ -100,6 +103,10 @@ class Loader:
         self._bad_samples: dict[int, Bad] = {}
         self._decoder = nvjpeg.device_decoder(config.data) if config.data.decoder == "nvjpeg" else None
         self._pin = torch.cuda.is_available()
+        on = torch.device("cuda", torch.cuda.current_device()) if self._pin else torch.device("cpu")
+        keep, self.where = keeps(source, config.data, on)  # `where` in words, or ''
+        self._keep = partial(Kept, source, config.data.workers, on) if keep else None
+        self._kept: Kept | None = None
         self._device = torch.cuda.current_device() if self._pin else None
         self._ring: Ring | None = None
         self._shape: tuple[tuple[int, ...], torch.dtype] | None = None
@@ -166,6 +173,8 @@ class Loader:
     def _begin(self, step: int) -> _Begun:
         everyone = self.order.batch(step)
         epochs, samples = everyone[0][self.rows], everyone[1][self.rows].copy()
+        if self._keep is not None:
+            return self._gather(_Begun(step, everyone, torch.empty(0), epochs, samples, []), self._keep)
         self.source.prepare(samples)
         inputs = self._buffer(int(epochs[0]), int(samples[0]))
         batch = _Begun(step, everyone, inputs, epochs, samples, [])
@@ -173,6 +182,15 @@ class Loader:
         in_file_order = np.argsort(samples, kind="stable")
         for i in range(0, len(samples), AT_A_TIME):
             batch.parts.append(self._pool.submit(self._fill, batch, asked, in_file_order[i : i + AT_A_TIME]))
+        return batch
+
+    def _gather(self, batch: _Begun, keep: Callable[[], Kept]) -> _Begun:
+        """A batch of samples that are on the device already."""
+        if self._kept is None:
+            self._kept = keep()
+            self._bad_samples.update(self._kept.bad)
+        batch.samples = self._kept.stands_for[batch.samples]
+        batch.inputs, batch.ready = self._kept.rows(batch.samples)
         return batch
 
     def _finish(self, batch: _Begun) -> HostBatch:
@@ -191,7 +209,7 @@ class Loader:
             for i in range(0, len(masks.context_lengths), self.micro)
         ]
         busy = [part.result() for part in batch.parts]
-        inputs, ready = batch.inputs, None
+        inputs, ready = batch.inputs, batch.ready
         if self._decoder is not None:
             inputs, ready = self._decode(batch, self._decoder), self._decoder.mark()
         self.health.add(len(batch.samples), sum(busy), list(self._bad_samples.values()))
