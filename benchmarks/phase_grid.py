@@ -3,119 +3,30 @@
     while python benchmarks/phase_grid.py FOLDER; do :; done    train what FOLDER lacks, one run a call
     python benchmarks/phase_grid.py FOLDER --gather             write the finished runs to benchmarks/results/phase_runs.jsonl
 
-Every run is `python -m jepa_fast.train` with other data, seed and settings. The grid is split before anything is fitted,
-by generator *and* seed: the tuning half has even seeds and its own generators, the untouched half odd seeds and others.
-Only the demo's generator is in both, under different seeds. Settings were revised while the first runs came in, as narrow
-models with a small initialisation start too near chance for a dip to show. The list is longer than what has been run.
+Every run is `python -m jepa_fast.train` with other data, seed and settings. Runs with seeds below 100 are the first
+calibration's, now all for tuning. Of the second, even seeds are for tuning and odd seeds untouched: other seeds, the
+presets' own data at settings that people use, and generators that tuning has never seen (modulation, pulses, colour,
+gaps, spots). Those were only looked at for what an untrained encoder's probe says, before any training. The list is
+longer than what has been run.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from scipy.signal import lfilter
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import phase_data
 
 RESULT = Path(__file__).parent / "results" / "phase_runs.jsonl"
-LENGTH, TRAIN, TEST = 500, 3000, 1000
 EVERY = 20  # steps between the records that are kept
 KEPT = (
     "step", "loss", "skill", "spread", "norm/target", "discrepancy/visible", "discrepancy/full", "drift/total",
     *(f"{key}{encoder}" for key in ("rankme", "participation", "feature_std", "alpha_req", "lidar") for encoder in ("", "/context")),
     "probe/context", "probe/target", "probe/untrained", "probe/majority",
 )  # fmt: skip
-
-# ---- data -----------------------------------------------------------------------------------------
-# Like the demo's sensor set: the classes overlap, single samples tell little and the spectrum much.
-
-
-def _ar2(rng: np.random.Generator, frequency: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Unit-variance resonances [n, LENGTH] at `frequency` cycles/sample."""
-    out = []
-    for f, r in zip(frequency, np.broadcast_to(radius, frequency.shape), strict=True):
-        x = lfilter([1], [1, -2 * r * np.cos(2 * np.pi * f), r * r], rng.normal(size=LENGTH + 400))[400:]
-        out.append(x / x.std())
-    return np.stack(out)
-
-
-def _ar1(rng: np.random.Generator, count: int, coefficient: float = 0.6) -> np.ndarray:
-    x = lfilter([1], [1, -coefficient], rng.normal(size=(count, LENGTH + 100)), axis=1)[:, 100:]
-    return x * np.sqrt(1 - coefficient**2)
-
-
-def weak_line(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
-    """A strong line that says nothing, and a weak second one that carries the class."""
-    strong = _ar2(rng, 0.05 + rng.normal(0, 0.008, len(y)), np.array(0.985))
-    weak = _ar2(rng, 0.13 + 0.025 * y + rng.normal(0, 0.005, len(y)), np.array(0.985))
-    return strong + 0.6 * weak + 0.8 * _ar1(rng, len(y))
-
-
-def impacts(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
-    """Shocks that ring out, as of a damaged bearing; the class is their rate."""
-    out = np.zeros((len(y), LENGTH))
-    ring = np.exp(-np.arange(30) / 7) * np.sin(2 * np.pi * 0.1 * np.arange(30))
-    for i, label in enumerate(y):
-        period, at = (90, 40, 18)[label] * rng.normal(1, 0.08), rng.uniform(0, 48)
-        while at < LENGTH:
-            out[i, int(at)] += rng.uniform(0.7, 1.3)
-            at += period * rng.normal(1, 0.03)
-        out[i] = np.convolve(out[i], ring)[:LENGTH]
-    return out / out.std() + 0.3 * _ar1(rng, len(y), 0.4)
-
-
-def resonance(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
-    """One broader line at a higher frequency, shifted by the class."""
-    line = _ar2(rng, 0.10 + 0.03 * y + rng.normal(0, 0.008, len(y)), np.array(0.97))
-    return line + 1.2 * _ar1(rng, len(y))
-
-
-def bandwidth(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
-    """The class is how sharp a line is, not where."""
-    line = _ar2(rng, 0.1 + rng.normal(0, 0.01, len(y)), np.array([0.985, 0.8])[y])
-    return line + 0.3 * _ar1(rng, len(y))
-
-
-def harmonics(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
-    """A tone and its octave, of random phases; the class is its pitch."""
-    t, n = np.arange(LENGTH), (len(y), 1)
-    pitch = (0.04 + 0.012 * y + rng.normal(0, 0.004, len(y)))[:, None]
-    tones = (a * np.sin(2 * np.pi * (k * pitch * t + rng.uniform(size=n))) for k, a in ((1, 1.0), (2, 0.7)))
-    return sum(tones) + _ar1(rng, len(y))
-
-
-def chirp(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
-    """A tone whose pitch rises; the class is how fast."""
-    t, n = np.arange(LENGTH), (len(y), 1)
-    rate = (np.array([4e-5, 12e-5])[y] + rng.normal(0, 2e-5, len(y)))[:, None]
-    phase = rng.normal(0.05, 0.006, n) * t + rate * t * t / 2 + rng.uniform(size=n)
-    return 1.3 * np.sin(2 * np.pi * phase) + 0.8 * _ar1(rng, len(y))
-
-
-GENERATORS: dict[str, tuple[Callable[[np.random.Generator, np.ndarray], np.ndarray], int]] = {
-    "weak_line": (weak_line, 2), "impacts": (impacts, 3), "resonance": (resonance, 2), "bandwidth": (bandwidth, 2),
-    "harmonics": (harmonics, 4), "chirp": (chirp, 2),
-}  # fmt: skip
-TUNING = ("sensor", "weak_line", "impacts", "textures")  # with even seeds; odd seeds are the untouched half's
-
-
-def write_data(folder: Path, name: str) -> Path:
-    """The training file of a generated set, written on first use."""
-    folder = folder / "data" / name
-    if not (folder / "test.npy").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        make, num_classes = GENERATORS[name]
-        rng = np.random.default_rng([20250905, *name.encode()])
-        for split, count in (("train", TRAIN), ("test", TEST)):
-            y = rng.integers(0, num_classes, count)
-            x = make(rng, y)
-            x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
-            np.save(folder / f"{split}_labels.npy", y)
-            np.save(folder / f"{split}.npy", x.astype(np.float32))
-    return folder / "train.npy"
-
 
 # ---- settings -------------------------------------------------------------------------------------
 
@@ -124,95 +35,116 @@ class Cell(NamedTuple):
     data: str
     seed: int
     changes: dict[str, Any]
+    preset: str = "demo"
 
     @property
     def name(self) -> str:
         short = (f"{k.rpartition('.')[2]}={v}" for k, v in self.changes.items())
-        return "-".join([self.data, f"s{self.seed}", *short]).replace("/", "_")
+        middle = (self.preset,) if self.preset == "series" else ()
+        return "-".join([self.data, f"s{self.seed}", *middle, *short]).replace("/", "_")
+
+    @property
+    def half(self) -> str:
+        """`tuning` or `untouched`."""
+        return "untouched" if self.seed > 100 and self.seed % 2 else "tuning"
 
 
-def _cell(data: str, seed: int, steps: int, **changes: Any) -> Cell:
-    names = {
-        "decay": "ema.decay", "lr": "optim.lr", "std": "model.init_std", "norm": "objective.target_norm", "depth": "model.depth",
-        "loss": "objective.loss", "ratio": "masks.ratio", "width": "model.width", "warmup": "optim.warmup_steps",
-    }  # fmt: skip
-    return Cell(data, seed, {"train.steps": steps, **{names[k]: v for k, v in changes.items()}})
+SHORT = {
+    "decay": "ema.decay", "final": "ema.final_decay", "schedule": "ema.schedule", "lr": "optim.lr", "std": "model.init_std",
+    "norm": "objective.target_norm", "depth": "model.depth", "loss": "objective.loss", "ratio": "masks.ratio",
+    "width": "model.width", "warmup": "optim.warmup_steps", "batch": "train.batch_size",
+}  # fmt: skip
 
 
-def cells() -> list[Cell]:
-    """In the order they are trained, a tuning run and an untouched one by turns: any beginning is a fair sample."""
-    c = _cell
+def cell(data: str, seed: int, steps: int, preset: str = "", **changes: Any) -> Cell:
+    images = {"textures": "textures", "digits": "digits", "spots": "textures"}
+    changes = {"train.steps": steps, **{SHORT[k]: v for k, v in changes.items()}}
+    return Cell(data, seed, changes, preset or images.get(data, "demo"))
+
+
+def first() -> list[Cell]:
+    """The first calibration's, in the order they were trained."""
     return [
-        c("sensor", 0, 1400, decay=0.996), c("resonance", 1, 1200, decay=0.996),
-        c("sensor", 2, 800, decay=0.9999, width=64), c("harmonics", 1, 800, decay=0.9999, width=64),
-        c("impacts", 0, 1200, decay=0.996, width=64),
-        c("sensor", 2, 800, decay=0.996, std=0.08, width=64), c("chirp", 3, 800, decay=0.996, std=0.08, width=64),
-        c("impacts", 0, 1200, decay=0.996, std=0.03, width=64), c("bandwidth", 1, 1200, decay=0.996, std=0.03, width=64),
-        c("weak_line", 0, 1200, decay=0.99, std=0.03, lr=3e-4, width=64), c("sensor", 1, 1200, decay=0.99, std=0.04, lr=3e-4, width=64),
-        c("sensor", 4, 1000, decay=0.996, norm=False, std=0.04, lr=3e-4, width=64), c("bandwidth", 3, 800, decay=0.99, norm=False, std=0.03, lr=3e-4, width=64),
-        c("impacts", 2, 600, decay=0.9, std=0.03, width=64), c("resonance", 3, 600, decay=0.0, std=0.03, width=64),
-        c("sensor", 6, 900, decay=0.999, std=0.04, lr=3e-4, width=64), c("harmonics", 5, 900, decay=0.999, std=0.04, lr=3e-4, width=64),
-        c("weak_line", 8, 700, decay=0.99, lr=3e-4), c("sensor", 9, 700, decay=0.99, lr=3e-4),
-        c("weak_line", 2, 500, decay=1.0, std=0.03, width=64), c("sensor", 3, 500, decay=1.0, std=0.04, width=64),
-        c("impacts", 12, 700, decay=0.99, lr=3e-4), c("bandwidth", 11, 700, decay=0.99, lr=3e-4),
-        c("sensor", 12, 700, decay=0.99, std=0.05, lr=3e-4, width=64), c("resonance", 7, 700, decay=0.99, std=0.05, lr=3e-4, width=64),
-        c("sensor", 10, 500, decay=0.0, std=0.03, lr=3e-4, width=64), c("chirp", 11, 700, decay=0.99, lr=3e-4),
-        c("textures", 0, 500, decay=0.999), c("digits", 1, 400, decay=0.999),
-        c("impacts", 4, 500, decay=0.9999, std=0.04, lr=3e-4, width=64), c("harmonics", 7, 700, decay=0.99, std=0.03, lr=3e-4, width=64),
-        c("sensor", 22, 600, decay=0.99, lr=3e-4, depth=1), c("sensor", 5, 500, decay=0.9999, std=0.04, lr=1e-3, width=64),
-        c("weak_line", 4, 600, decay=0.99, std=0.04, loss="l1", lr=3e-4, width=64), c("chirp", 5, 600, decay=0.99, std=0.04, loss="l1", lr=3e-4, width=64),
-        c("sensor", 14, 700, decay=0.99, warmup=200, std=0.03, lr=3e-4, width=64), c("bandwidth", 7, 700, decay=0.99, warmup=200, std=0.03, lr=3e-4, width=64),
-        c("impacts", 8, 500, decay=0.99, std=0.08, lr=3e-4, width=64), c("sensor", 7, 500, decay=0.99, std=0.08, lr=1e-3, width=64),
-        c("weak_line", 10, 600, decay=0.999, std=0.04, lr=1e-3, width=64), c("chirp", 9, 600, decay=0.999, std=0.04, lr=1e-3, width=64),
-        c("sensor", 20, 600, decay=0.996, std=0.03, lr=1e-3, width=64), c("resonance", 11, 600, decay=0.9, std=0.03, lr=3e-4, width=64),
-        c("weak_line", 6, 600, decay=0.999, std=0.03, width=64, depth=1, ratio=0.4), c("bandwidth", 5, 600, decay=0.99, std=0.03, lr=3e-4, width=64, depth=1, ratio=0.4),
-        c("sensor", 24, 600, decay=0.99, lr=3e-4), c("sensor", 13, 600, decay=0.99, lr=3e-4, loss="smooth_l1"),
-        c("textures", 2, 500, decay=0.9999), c("digits", 3, 400, decay=0.99),
-        c("sensor", 16, 600, decay=0.9999, lr=3e-4), c("bandwidth", 9, 600, decay=0.9999, lr=3e-4),
-        c("sensor", 18, 700, decay=0.9, std=0.04, lr=1e-3, width=64), c("sensor", 11, 800, decay=0.996, std=0.04, lr=3e-4, width=64),
+        cell("sensor", 0, 1400, decay=0.996), cell("resonance", 1, 1200, decay=0.996),
+        cell("sensor", 2, 800, decay=0.9999, width=64), cell("harmonics", 1, 800, decay=0.9999, width=64),
+        cell("impacts", 0, 1200, decay=0.996, width=64),
+        cell("sensor", 2, 800, decay=0.996, std=0.08, width=64), cell("chirp", 3, 800, decay=0.996, std=0.08, width=64),
+        cell("impacts", 0, 1200, decay=0.996, std=0.03, width=64), cell("bandwidth", 1, 1200, decay=0.996, std=0.03, width=64),
+        cell("weak_line", 0, 1200, decay=0.99, std=0.03, lr=3e-4, width=64), cell("sensor", 1, 1200, decay=0.99, std=0.04, lr=3e-4, width=64),
+        cell("sensor", 4, 1000, decay=0.996, norm=False, std=0.04, lr=3e-4, width=64), cell("bandwidth", 3, 800, decay=0.99, norm=False, std=0.03, lr=3e-4, width=64),
+        cell("impacts", 2, 600, decay=0.9, std=0.03, width=64), cell("resonance", 3, 600, decay=0.0, std=0.03, width=64),
+        cell("sensor", 6, 900, decay=0.999, std=0.04, lr=3e-4, width=64), cell("harmonics", 5, 900, decay=0.999, std=0.04, lr=3e-4, width=64),
+        cell("weak_line", 8, 700, decay=0.99, lr=3e-4), cell("sensor", 9, 700, decay=0.99, lr=3e-4),
+        cell("weak_line", 2, 500, decay=1.0, std=0.03, width=64), cell("sensor", 3, 500, decay=1.0, std=0.04, width=64),
+        cell("impacts", 12, 700, decay=0.99, lr=3e-4), cell("bandwidth", 11, 700, decay=0.99, lr=3e-4),
+        cell("sensor", 12, 700, decay=0.99, std=0.05, lr=3e-4, width=64), cell("resonance", 7, 700, decay=0.99, std=0.05, lr=3e-4, width=64),
+        cell("sensor", 10, 500, decay=0.0, std=0.03, lr=3e-4, width=64), cell("chirp", 11, 700, decay=0.99, lr=3e-4),
+        cell("textures", 0, 500, decay=0.999),
     ]  # fmt: skip
 
 
-def half(cell: Cell) -> str:
-    """`tuning` or `untouched`."""
-    return "tuning" if cell.data in TUNING and cell.seed % 2 == 0 else "untouched"
+def second() -> list[Cell]:
+    """In the order they are trained: any beginning is a fair sample of settings and data."""
+    small, image = {"std": 0.05, "width": 64}, {"width": 64, "depth": 2, "batch": 16}
+    return [
+        cell("sensor", 100, 1000, decay=0.996, lr=2e-4, width=64), cell("impacts", 100, 700, decay=0.99, lr=5e-4, **small),
+        cell("sensor", 101, 1300, decay=0.996),
+        cell("modulation", 101, 800, decay=0.99, lr=3e-4, **small), cell("textures", 101, 500, decay=0.99, lr=1e-3, **image),
+        cell("digits", 101, 500, decay=0.99, lr=1e-3, **image), cell("pulses", 101, 800, decay=0.996, lr=3e-4, **small),
+        cell("textures", 100, 500, decay=0.996, lr=1e-3, **image), cell("digits", 100, 500, decay=0.996, lr=1e-3, **image),
+        cell("sensor", 103, 1000, decay=0.99, final=1.0, schedule="cosine"), cell("colour", 101, 700, decay=0.99, lr=3e-4, **small),
+        cell("sensor", 105, 600, "series", lr=5e-4), cell("spots", 101, 600, decay=0.99, lr=1e-3, **image),
+        cell("gaps", 101, 800, decay=0.99, lr=5e-4, **small), cell("sensor", 107, 700, decay=0.9999, lr=3e-4),
+        cell("weak_line", 100, 600, "series", lr=5e-4), cell("resonance", 100, 900, decay=0.999, lr=5e-4, **small),
+        cell("sensor", 109, 1000, decay=0.99, lr=2e-4), cell("pulses", 103, 900, decay=0.999, lr=5e-4, **small),
+        cell("textures", 103, 600, decay=0.999, lr=1e-3, **image), cell("modulation", 103, 600, "series", lr=1e-3, std=0.05),
+        cell("sensor", 111, 800, decay=0.999, lr=3e-4), cell("colour", 103, 500, decay=0.9, lr=3e-4, **small),
+        cell("digits", 103, 600, decay=0.999, lr=1e-3, **image), cell("gaps", 103, 600, decay=0.9999, lr=5e-4, **small),
+        cell("sensor", 113, 1000, decay=0.996, lr=5e-4, width=64, std=0.04), cell("spots", 103, 700, decay=0.999, lr=1e-3, **image),
+        cell("bandwidth", 100, 700, decay=0.996, lr=5e-4, **small), cell("sensor", 102, 900, decay=0.99, norm=False, lr=5e-4, width=64, std=0.04),
+        cell("pulses", 105, 600, "series", lr=5e-4, std=0.04), cell("sensor", 115, 900, decay=0.99, norm=False, lr=5e-4, width=64, std=0.04),
+        cell("modulation", 105, 900, decay=0.999, lr=5e-4, **small), cell("sensor", 117, 700, decay=0.99, lr=3e-4, warmup=200, **small),
+        cell("colour", 105, 700, decay=0.999, lr=1e-3, **small), cell("sensor", 119, 1200, decay=0.999),
+    ]  # fmt: skip
 
 
-def arguments(cell: Cell, folder: Path) -> list[str]:
+def cells() -> list[Cell]:
+    return first() + second()
+
+
+def arguments(one: Cell, folder: Path) -> list[str]:
     """The command line of a cell's run."""
-    preset = cell.data if cell.data in ("textures", "digits") else "demo"
-    changes = dict(cell.changes) | {
-        "train.seed": cell.seed,
-        "monitor.every": 100,
+    changes = {"data.embedded": one.data} if one.data not in phase_data.GENERATORS else {}
+    changes |= one.changes | {
+        "train.seed": one.seed,
+        "monitor.every": 50 if one.preset in ("textures", "digits") and one.seed >= 100 else 100,
         "log.every": 10,
         "checkpoint.every": 0,
     }
-    changes["ema.final_decay"] = changes["ema.decay"]
+    if "ema.decay" in changes:
+        changes = {"ema.final_decay": changes["ema.decay"], "ema.schedule": "constant"} | changes
     if "optim.lr" in changes:
         changes["optim.final_lr"] = changes["optim.lr"]
         changes["optim.start_lr"] = 0 if "optim.warmup_steps" in changes else changes["optim.lr"]
-    changes["ema.schedule"] = "constant"
-    if preset == "demo" and "model.width" in changes:
+    if one.preset in ("demo", "series") and "model.width" in changes:
         changes["model.predictor_width"] = changes["model.width"]
-    if preset == "digits":  # these two at a third of the presets' cost
-        changes |= {"model.width": 64, "train.batch_size": 32}
-    if cell.data in GENERATORS:
-        changes["data.path"] = write_data(folder, cell.data)
-    if preset == "textures":
-        changes |= {
-            "model.width": 64,
-            "model.depth": 2,
-            "train.batch_size": 48,
-            "monitor.probe_train": 2000,
-            "monitor.probe_test": 1000,
-        }
+    if one.data in phase_data.GENERATORS:
+        changes["data.path"] = phase_data.write(folder, one.data)
+    if one.data == "textures":
+        changes |= {"monitor.probe_train": 2000, "monitor.probe_test": 1000}
+    if one.data == "textures" and one.seed < 100:
+        changes |= {"model.width": 64, "model.depth": 2, "train.batch_size": 48}
+    if one.data == "spots":
+        changes |= {"data.image_size": phase_data.SIZE, "model.patch": 6, "masks.min_keep": 2}
+    if one.data == "digits":
+        changes |= {"data.image_size": 16, "masks.min_keep": 2}
     changes["parallel.threads"], changes["data.workers"] = 1, 1
-    changes["run.dir"] = folder / "runs" / cell.name
-    return [preset, *(str(part) for k, v in changes.items() for part in (f"--{k}", v))]
+    changes["run.dir"] = folder / "runs" / one.name
+    return [one.preset, *(str(part) for k, v in changes.items() for part in (f"--{k}", v))]
 
 
-def finished(cell: Cell, folder: Path) -> bool:
-    return (folder / "runs" / cell.name / "report.html").exists()
+def finished(one: Cell, folder: Path) -> bool:
+    return (folder / "runs" / one.name / "report.html").exists()
 
 
 # ---- training, gathering --------------------------------------------------------------------------
@@ -220,14 +152,14 @@ def finished(cell: Cell, folder: Path) -> bool:
 
 def train(folder: Path) -> None:
     """The first run of the list that is not finished; one a call, so that the list may change between runs."""
-    cell = next((c for c in cells() if not finished(c, folder)), None)
-    if cell is None:
+    one = next((c for c in cells() if not finished(c, folder)), None)
+    if one is None:
         sys.exit("all runs are finished")
-    run_dir = folder / "runs" / cell.name
+    run_dir = folder / "runs" / one.name
     if run_dir.exists():  # a run that was cut off starts again
-        run_dir.rename(folder / f"cut-{cell.name}-{run_dir.stat().st_mtime_ns}")
+        run_dir.rename(folder / f"cut-{one.name}-{run_dir.stat().st_mtime_ns}")
     with (folder / "train.log").open("a") as log:
-        subprocess.run([sys.executable, "-m", "jepa_fast.train", *arguments(cell, folder)], stdout=log, stderr=log)
+        subprocess.run([sys.executable, "-m", "jepa_fast.train", *arguments(one, folder)], stdout=log, stderr=log)
 
 
 def thin(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -247,11 +179,11 @@ def round4(value: Any) -> Any:
 
 
 def gather(folder: Path) -> Iterator[dict[str, Any]]:
-    for cell in cells():
-        if finished(cell, folder):
-            lines = (folder / "runs" / cell.name / "metrics.jsonl").read_text().splitlines()
+    for one in cells():
+        if finished(one, folder):
+            lines = (folder / "runs" / one.name / "metrics.jsonl").read_text().splitlines()
             columns = thin([json.loads(line) for line in lines])
-            yield {"name": cell.name, "half": half(cell), "data": cell.data, "seed": cell.seed, "columns": columns}
+            yield {"name": one.name, "half": one.half, "data": one.data, "seed": one.seed, "columns": columns}
 
 
 def main() -> None:
