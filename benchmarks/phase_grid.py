@@ -85,26 +85,25 @@ def first() -> list[Cell]:
 
 def second() -> list[Cell]:
     """In the order they are trained: any beginning is a fair sample of settings and data."""
-    small, image = {"std": 0.05, "width": 64}, {"width": 64, "depth": 2, "batch": 16}
+    small, image = {"lr": 5e-4, "std": 0.05, "width": 64}, {"lr": 1e-3, "width": 64, "depth": 2, "batch": 16}
     return [
-        cell("sensor", 100, 1000, decay=0.996, lr=2e-4, width=64), cell("impacts", 100, 700, decay=0.99, lr=5e-4, **small),
-        cell("sensor", 101, 1300, decay=0.996),
-        cell("modulation", 101, 800, decay=0.99, lr=3e-4, **small), cell("textures", 101, 500, decay=0.99, lr=1e-3, **image),
-        cell("digits", 101, 500, decay=0.99, lr=1e-3, **image), cell("pulses", 101, 800, decay=0.996, lr=3e-4, **small),
-        cell("textures", 100, 500, decay=0.996, lr=1e-3, **image), cell("digits", 100, 500, decay=0.996, lr=1e-3, **image),
-        cell("sensor", 103, 1000, decay=0.99, final=1.0, schedule="cosine"), cell("colour", 101, 700, decay=0.99, lr=3e-4, **small),
-        cell("sensor", 105, 600, "series", lr=5e-4), cell("spots", 101, 600, decay=0.99, lr=1e-3, **image),
-        cell("gaps", 101, 800, decay=0.99, lr=5e-4, **small), cell("sensor", 107, 700, decay=0.9999, lr=3e-4),
-        cell("weak_line", 100, 600, "series", lr=5e-4), cell("resonance", 100, 900, decay=0.999, lr=5e-4, **small),
-        cell("sensor", 109, 1000, decay=0.99, lr=2e-4), cell("pulses", 103, 900, decay=0.999, lr=5e-4, **small),
-        cell("textures", 103, 600, decay=0.999, lr=1e-3, **image), cell("modulation", 103, 600, "series", lr=1e-3, std=0.05),
-        cell("sensor", 111, 800, decay=0.999, lr=3e-4), cell("colour", 103, 500, decay=0.9, lr=3e-4, **small),
-        cell("digits", 103, 600, decay=0.999, lr=1e-3, **image), cell("gaps", 103, 600, decay=0.9999, lr=5e-4, **small),
-        cell("sensor", 113, 1000, decay=0.996, lr=5e-4, width=64, std=0.04), cell("spots", 103, 700, decay=0.999, lr=1e-3, **image),
-        cell("bandwidth", 100, 700, decay=0.996, lr=5e-4, **small), cell("sensor", 102, 900, decay=0.99, norm=False, lr=5e-4, width=64, std=0.04),
-        cell("pulses", 105, 600, "series", lr=5e-4, std=0.04), cell("sensor", 115, 900, decay=0.99, norm=False, lr=5e-4, width=64, std=0.04),
-        cell("modulation", 105, 900, decay=0.999, lr=5e-4, **small), cell("sensor", 117, 700, decay=0.99, lr=3e-4, warmup=200, **small),
-        cell("colour", 105, 700, decay=0.999, lr=1e-3, **small), cell("sensor", 119, 1200, decay=0.999),
+        cell("impacts", 100, 500, decay=0.99, **small), cell("sensor", 101, 1000, decay=0.996),
+        cell("sensor", 100, 600, decay=0.99, lr=3e-4), cell("modulation", 101, 500, decay=0.99, **small),
+        cell("pulses", 101, 500, decay=0.996, **small), cell("digits", 101, 300, decay=0.99, **image),
+        cell("textures", 100, 300, decay=0.99, **image), cell("sensor", 103, 600, decay=0.99, final=1.0, schedule="cosine", lr=3e-4),
+        cell("colour", 101, 500, decay=0.99, **small), cell("sensor", 105, 500, "series", lr=5e-4),
+        cell("weak_line", 100, 500, decay=0.99, **small), cell("spots", 101, 400, decay=0.99, **image),
+        cell("gaps", 101, 500, decay=0.99, **small), cell("digits", 100, 300, decay=0.996, **image),
+        cell("sensor", 107, 500, decay=0.9999, lr=3e-4), cell("bandwidth", 100, 500, decay=0.99, **small),
+        cell("pulses", 103, 500, decay=0.999, **small), cell("textures", 103, 400, decay=0.999, **image),
+        cell("modulation", 103, 500, "series", lr=1e-3, std=0.05), cell("sensor", 111, 600, decay=0.999, lr=3e-4),
+        cell("chirp", 100, 400, decay=0.99, **small), cell("colour", 103, 400, decay=0.9, **small),
+        cell("digits", 103, 400, decay=0.999, **image), cell("gaps", 103, 400, decay=0.9999, **small),
+        cell("resonance", 100, 500, decay=0.999, **small), cell("sensor", 113, 600, decay=0.996, lr=5e-4, std=0.04, width=64),
+        cell("spots", 103, 400, decay=0.999, **image), cell("pulses", 105, 400, "series", lr=1e-3, std=0.04),
+        cell("sensor", 115, 600, decay=0.99, norm=False, lr=5e-4, std=0.04, width=64), cell("modulation", 105, 500, decay=0.999, **small),
+        cell("sensor", 109, 700, decay=0.99, lr=2e-4), cell("sensor", 117, 500, decay=0.99, warmup=200, **small),
+        cell("colour", 105, 400, decay=0.999, **small), cell("textures", 105, 300, decay=0.99, **image),
     ]  # fmt: skip
 
 
@@ -120,6 +119,8 @@ def arguments(one: Cell, folder: Path) -> list[str]:
         "monitor.every": 50 if one.preset in ("textures", "digits") and one.seed >= 100 else 100,
         "log.every": 10,
         "checkpoint.every": 0,
+        "monitor.lidar_every": 100 if one.seed < 100 else 200,
+        "monitor.bound_every": 100 if one.seed < 100 else 1000,
     }
     if "ema.decay" in changes:
         changes = {"ema.final_decay": changes["ema.decay"], "ema.schedule": "constant"} | changes

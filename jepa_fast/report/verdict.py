@@ -15,7 +15,6 @@ Record = dict[str, Any]
 MEANING = {
     (1, 1, 1): "This is the collapse phase and its end: the features got worse while the loss fell, and better while it rose.",
     (1, 1, 0): "The features are worse than at the start. The loss has risen again, but that alone is no recovery: this is the collapse phase, not yet its end.",
-    (1, 0, 0): "The loss has the shape of the collapse phase, but the features never fell below the untrained encoder's: by the probe there was none.",
     (0, 1, 1): "The features dipped and came back without a rise of the loss: half of the pattern.",
     (0, 1, 0): "The features are worse than at the start while the loss looks well: this is how the collapse phase begins.",
     (0, 0, 0): "The pattern of the collapse phase does not appear up to here.",
@@ -48,19 +47,73 @@ def _on_loss(levels: list[phase.Level], events: list[Record]) -> str:
 def _on_probe(records: list[Record], events: list[Record]) -> list[str]:
     kinds = ("loss_minimum", "features_below_untrained", "features_recovered")
     bottomed, below, back = (last_of(kind, events) for kind in kinds)
-    target, untrained, majority = (values(records, f"probe/{name}") for name in ("target", "untrained", "majority"))
+    context, target, untrained, majority = (
+        values(records, f"probe/{name}") for name in ("context", "target", "untrained", "majority")
+    )
     if not target or not untrained:
         return _without_probe(events, bottomed is not None)
     recovered = below is not None and back is not None and back["step"] > below["step"]
-    said = f"A linear probe on the target encoder ends at {target[-1][1]:.3f}; the untrained encoder has {untrained[-1][1]:.3f}"
+    other = f" and on the context encoder at {context[-1][1]:.3f}" if context else ""
+    said = f"A linear probe on the target encoder ends at {target[-1][1]:.3f}{other}; the untrained encoder has {untrained[-1][1]:.3f}"
     said += f", always naming the most common class {majority[-1][1]:.3f}." if majority else "."
     if below:
         said += f" The mean of both encoders' probes was below the untrained encoder's from step {below['step']:,}"
         said += (
             f", and above it again from step {back['step']:,}." if back and recovered else ", and has not come back."
         )
-    means = MEANING[bool(bottomed), below is not None, recovered]
-    return [said, means, _next(target, untrained[-1][1], bool(below) and not recovered)]
+    if bottomed and not below:
+        means = _shape_without_dip(records, events)
+    else:
+        means = MEANING[bool(bottomed), below is not None, recovered]
+    alone = [] if below else _alone(records)
+    return [said, means, *alone, _next(target, untrained[-1][1], bool(below) and not recovered)]
+
+
+def _shape_without_dip(records: list[Record], events: list[Record]) -> str:
+    """What the curves have of the phase, and what the probe has not: apart, as each may be right."""
+    curves = ["the loss"]
+    curves += [
+        name
+        for kind, name in (("variance_escape", "the spread"), ("discrepancy_valley", "the discrepancy"))
+        if last_of(kind, events)
+    ]
+    named = f"{', '.join(curves[:-1])} and {curves[-1]} have" if len(curves) > 1 else "the loss has"
+    step, gap = min(_gaps(records), key=lambda point: point[1])
+    shape = f"{named[0].upper()}{named[1:]} the shape of the collapse phase"
+    if gap > -phase.PROBE_MARGIN / 2:
+        return f"{shape}, but the features never fell below the untrained encoder's: by the probe there was none."
+    return (
+        f"{shape}. The mean of both encoders' probes was at most {-100 * gap:.1f} points below the untrained encoder's (step {step:,}), "
+        f"and {100 * phase.PROBE_MARGIN:.1f} on two records in a row count as a difference: whether the features got worse on the way, this probe cannot tell."
+    )
+
+
+def _gaps(records: list[Record]) -> list[tuple[int, float]]:
+    """(step, mean of the encoders' probes less the untrained encoder's)."""
+    gaps = []
+    for record in records:
+        held = [v for name in ("context", "target") if (v := phase.number(record.get(f"probe/{name}"))) is not None]
+        untrained = phase.number(record.get("probe/untrained"))
+        if held and untrained is not None:
+            gaps.append((int(record["step"]), sum(held) / len(held) - untrained))
+    return gaps
+
+
+def _alone(records: list[Record]) -> list[str]:
+    """One encoder below the untrained one by the same rule, where the mean of both was not."""
+    said = []
+    for name in ("context", "target"):
+        keys = ("step", f"probe/{name}", "probe/untrained")
+        events = phase.detect({key: record[key] for key in keys if key in record} for record in records)
+        below, back = (
+            [e for e in events if e.kind == kind] for kind in ("features_below_untrained", "features_recovered")
+        )
+        if below:
+            end = f", and above it again from step {back[0].step:,}" if back else ", and has not come back"
+            said.append(
+                f"The {name} encoder's probe alone was below the untrained encoder's from step {below[0].step:,}{end}."
+            )
+    return said
 
 
 def _without_probe(events: list[Record], bottomed: bool) -> list[str]:
@@ -81,7 +134,7 @@ def _on_late_drop(events: list[Record]) -> list[str]:
     if not drop:
         return []
     return [
-        f"At step {drop['step']:,}, after the escape, it fell suddenly ({drop['evidence'][0]}): such a fall can be a partial collapse."
+        f"At step {drop['step']:,}, after an escape, a curve fell suddenly ({drop['evidence'][0]}): such a fall can be a partial collapse."
     ]
 
 
@@ -90,7 +143,7 @@ def _next(target: list[tuple[int, float]], untrained: float, down: bool) -> str:
     if down:
         return "Next: train on (--resume --train.steps N) and go by the probe, not by the loss; if it stays down, try a larger --ema.decay."
     if target[-1][1] - untrained < phase.PROBE_MARGIN:
-        return "The features are no better than an untrained encoder's. Next: train longer, and go by the probe, not by the loss."
+        return "The target encoder's features are no better than an untrained encoder's. Next: train longer, and go by the probe, not by the loss."
     if best - target[-1][1] > phase.PROBE_MARGIN:
         return f"Next: the probe was best at step {step:,} ({best:.3f}); keep checkpoints (--checkpoint.every, --checkpoint.keep 0) and choose by the probe, not by the loss."
     return "Next: use the last checkpoint, not the one of the lowest loss; the probe is about as good as it has been."
