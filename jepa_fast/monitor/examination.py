@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast.config import Monitor
-from jepa_fast.monitor import bound, discrepancy, probes, spectrum
+from jepa_fast.monitor import bound, content, discrepancy, probes, spectrum
 
 FULL_INPUTS = 256  # inputs of the fixed set on which both encoders see everything
 LIDAR_INPUTS, JACOBIAN_INPUTS, LAYER_INPUTS = 128, 16, 16
@@ -55,7 +55,8 @@ class Examination:
         self.probe_set, self.views, self.config = probe_set, views, config or Monitor()
         self.device = device or next(context_encoder.parameters()).device
         self.inputs, self.everywhere, self.around = inputs[:FULL_INPUTS], everywhere, around
-        self.untrained: dict[str, float] = {}  # probe of the encoder as initialised, the baseline of every curve
+        self.untrained: dict[str, float] = {}  # probe and content of the encoder as initialised, every curve's baseline
+        self._signature: Tensor | None = None
         self._jacobian = bound.Jacobian()
         self._pooled: dict[str, Tensor] = {}  # of this look, as the next
         self._seen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
@@ -69,6 +70,7 @@ class Examination:
             "discrepancy": c.every,
             "probe": c.every,
             "spectrum": c.spectrum_every or c.every,
+            "content": c.spectrum_every or c.every,
             "lidar": c.lidar_every or c.every,
             "bound": c.bound_every or c.every,
         }
@@ -80,7 +82,7 @@ class Examination:
 
     def _look(self, step: int, everything: bool) -> dict[str, float]:
         measures = {"discrepancy": self._discrepancies, "probe": self._probes, "spectrum": self._spectra,
-                    "lidar": self._lidar, "bound": self._bound}  # fmt: skip
+                    "content": self._content, "lidar": self._lidar, "bound": self._bound}  # fmt: skip
         modes = {encoder: encoder.training for encoder in self.encoders.values()}
         record: dict[str, float] = {}
         try:
@@ -97,7 +99,10 @@ class Examination:
             self._pooled, self._seen = {}, None
             for encoder, mode in modes.items():
                 encoder.train(mode)
-        return record
+        if not self.untrained:
+            held = {k: v for k, v in record.items() if k.startswith(("probe/context", "content/context"))}
+            self.untrained = {key.replace("context", "untrained", 1): value for key, value in held.items()}
+        return record | {k: v for k, v in self.untrained.items() if k.replace("untrained", "context", 1) in record}
 
     # ---- the two encoders against each other --------------------------------------------------------
 
@@ -168,9 +173,7 @@ class Examination:
             test = probes.features(encoder, self.probe_set.test, self.device)
             scores = probes.score(self._features(name), test, self.probe_set, self.config)
             record |= {f"probe/{name}{protocol}": value for protocol, value in scores.items()}
-            if not self.untrained:
-                self.untrained = {f"probe/untrained{protocol}": value for protocol, value in scores.items()}
-        return record | self.untrained | {"probe/majority": self.probe_set.majority}
+        return record | {"probe/majority": self.probe_set.majority}
 
     def _spectra(self) -> dict[str, float]:
         record: dict[str, float] = {}
@@ -181,6 +184,16 @@ class Examination:
             record[f"feature_std{suffix}"] = spectrum.feature_std(z)
             record[f"alpha_req{suffix}"] = spectrum.alpha_req(z)
         return record
+
+    def _content(self) -> dict[str, float]:
+        """What both encoders' features tell of the inputs' spectra."""
+        if self._signature is None:
+            inputs = self.inputs if self.probe_set is None else self.probe_set.train
+            self._signature = content.signature(inputs)
+        if self._signature is None:
+            return {}
+        names = {"content": "target", "content/context": "context"}
+        return {key: content.content(self._features(name), self._signature) for key, name in names.items()}
 
     def _lidar(self) -> dict[str, float]:
         """Views are masks of the same input, pooled over the visible tokens."""
