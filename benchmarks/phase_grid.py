@@ -23,6 +23,7 @@ from benchmarks import phase_data
 RESULT = Path(__file__).parent / "results" / "phase_runs.jsonl"
 EVERY = 20  # steps between the records that are kept
 KEPT = (
+    "content", "content/context", "content/untrained",
     "step", "loss", "skill", "spread", "norm/target", "discrepancy/visible", "discrepancy/full", "drift/total",
     *(f"{key}{encoder}" for key in ("rankme", "participation", "feature_std", "alpha_req", "lidar") for encoder in ("", "/context")),
     "probe/context", "probe/target", "probe/untrained", "probe/majority",
@@ -88,7 +89,7 @@ def second() -> list[Cell]:
     small, image = {"lr": 5e-4, "std": 0.05, "width": 64}, {"lr": 1e-3, "width": 64, "depth": 2, "batch": 16}
     return [
         cell("impacts", 100, 500, decay=0.99, **small), cell("sensor", 101, 1000, decay=0.996),
-        cell("sensor", 100, 500, decay=0.99, lr=3e-4), cell("modulation", 101, 400, decay=0.99, **small),
+        cell("sensor", 100, 600, decay=0.99, lr=3e-4), cell("modulation", 101, 400, decay=0.99, **small),
         cell("pulses", 101, 400, decay=0.996, **small), cell("textures", 100, 250, decay=0.99, **image),
         cell("colour", 101, 400, decay=0.99, **small), cell("weak_line", 100, 400, decay=0.99, **small),
         cell("digits", 101, 250, decay=0.99, **image), cell("sensor", 103, 500, decay=0.99, final=1.0, schedule="cosine", lr=3e-4),

@@ -47,17 +47,18 @@ def test_each_input_is_predicted_by_a_fit_without_it(width):
     x = noise(n, width, seed=7).double()
     x[:, 0] += target[:, -1]
     x = (x - x.mean(0)) / x.std(0)
-    errors, guess = torch.zeros(len(PENALTIES), dtype=torch.double), 0.0
+    errors, guess = torch.zeros(len(PENALTIES), COMPONENTS, dtype=torch.double), torch.zeros(COMPONENTS)
     for i in range(n):
         kept = torch.arange(n) != i
         base = target[kept].mean(0)
-        guess += float((target[i] - base).square().sum())
+        guess = guess + (target[i] - base).square()
         for k, penalty in enumerate(PENALTIES):
             a = torch.cat([x[kept], torch.ones(n - 1, 1)], 1)  # intercept, unpenalised
             gram = a.T @ a + torch.diag(torch.tensor([penalty * n] * width + [0.0]).double())
             weight = torch.linalg.solve(gram, a.T @ target[kept])
-            errors[k] += (target[i] - torch.cat([x[i], torch.ones(1)]) @ weight).square().sum()
-    expected = max(0.0, 1 - float(errors.min()) / guess) ** 0.5
+            errors[k] += (target[i] - torch.cat([x[i], torch.ones(1)]) @ weight).square()
+    least = torch.minimum(errors.amin(0), guess).sum()
+    expected = float(1 - least / guess.sum()) ** 0.5
     assert content(x, target) == pytest.approx(expected, abs=1e-6)
 
 

@@ -46,12 +46,12 @@ def content(features: Tensor, signature: Tensor) -> float:
     """How well ridge regression reads `signature` [n, k] from pooled features [n, D]: correlation, 0 to 1.
 
     The root of the share of the signature's variance that is predicted, each input being left out of the fit that
-    predicts it (in closed form), at the best of four penalties. Independent of the features' scale.
+    predicts it (in closed form), each component at the best of four penalties. Independent of the features' scale.
     """
     x, y = features.double(), signature.to(features.device)
     x, y = (x - x.mean(0)) / x.std(0).clamp(min=1e-8), y - y.mean(0)
-    total = y.square().sum()
-    if not total > 0:
+    total = (1 - 1 / len(x)) ** -2 * y.square().sum(0)  # errors of the mean of the other inputs
+    if not total.sum() > 0:
         return 0.0
     if len(x) >= x.shape[1]:
         values, vectors = torch.linalg.eigh(x.T @ x)
@@ -63,6 +63,6 @@ def content(features: Tensor, signature: Tensor) -> float:
     for penalty in PENALTIES:
         shrunk = values.clamp(min=0) / (values.clamp(min=0) + penalty * len(x))
         leverage = (left.square() @ shrunk + 1 / len(x)).clamp(max=1 - 1e-9)
-        errors.append(((y - left @ (shrunk[:, None] * inside)) / (1 - leverage)[:, None]).square().sum())
-    guess = (1 - 1 / len(x)) ** -2 * total  # of the mean of the other inputs
-    return float((1 - torch.stack(errors).min() / guess).clamp(min=0).sqrt())
+        errors.append(((y - left @ (shrunk[:, None] * inside)) / (1 - leverage)[:, None]).square().sum(0))
+    least = torch.stack([*errors, total]).amin(0)
+    return float((1 - least.sum() / total.sum()).clamp(min=0).sqrt())

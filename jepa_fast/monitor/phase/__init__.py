@@ -52,5 +52,5 @@ class Detector:
             if key in self.drops and key in levels:
                 called.append(self.drops[key].add(levels[key]))
                 self.drops[key].armed |= valley is not None
-        called += [self.features.add(int(step), record), self.suspicions.add(int(step), levels, minimum)]
+        called += [self.features.add(int(step), record), self.suspicions.add(int(step), record, levels, minimum)]
         return sorted((event for event in called if event), key=lambda event: (event.step, event.kind))

@@ -5,19 +5,20 @@ no reading, and says neither yes nor no.
 
 Two quantities carry most of it. *Variation*: how much the target encoder's features differ between inputs. In the
 collapse phase the loss falls because the targets lose that, and not because the predictor gains skill. It is seen in
-the instance spread, in the loss of the best constant (loss / (1 - skill)), in the standard deviation of normalised
-features, in RankMe of uncentred features, and, from afar, in the fall of the discrepancy from its peak.
+the instance spread, in the loss of the best constant (loss / (1 - skill)) and in RankMe of uncentred features.
 *Share*: which part of the targets' energy varies between inputs at all. Features that start rich may lose half their
-variation and stay useful.
+variation and stay useful. What a feature varies *with* neither can tell; *content*, where it is measured, can.
 """
 
 import math
+from collections import deque
 from typing import Any, NamedTuple
 
 from jepa_fast.monitor.phase.curves import Level, Smoother, margin, number, positive
 
 Record = dict[str, Any]
-KEYS = ("loss", "spread", "discrepancy/visible", "feature_std", "rankme", "rankme/context", "participation/context")
+KEYS = ("loss", "spread", "discrepancy/visible", "rankme", "rankme/context", "participation/context")
+LOOKS = 2  # at the content that must agree
 SIGMAS = 3.0  # of noise that a change must exceed to count at all
 
 
@@ -31,19 +32,18 @@ class Reading(NamedTuple):
 
 
 class Gauge:
-    """One positive signal: how far it has fallen from its start (or its peak), and risen from its lowest."""
+    """One positive signal: how far it has fallen from its start, and risen from its lowest."""
 
-    def __init__(self, power: float = 1.0, from_peak: bool = False):
-        self.power, self.from_peak = power, from_peak  # variation goes as the signal to this power
+    def __init__(self, power: float = 1.0):
+        self.power = power  # variation goes as the signal to this
         self.start: Level | None = None
         self.lowest: Level | None = None
         self.reading: Reading | None = None
         self.num = self.num_falling = 0  # records since the start, and of those up to the lowest
 
     def add(self, now: Level) -> None:
-        if self.start is None or self.lowest is None or (self.from_peak and now.log > self.start.log):
+        if self.start is None or self.lowest is None:
             self.start = self.lowest = now
-            self.num = self.num_falling = 0
         elif now.log < self.lowest.log:
             self.lowest, self.num_falling = now, self.num + 1
         self.num += 1
@@ -56,6 +56,36 @@ class Gauge:
         """What is left of high - low once its noise is taken from it."""
         change = high.log - low.log
         return self.power * math.copysign(max(0.0, abs(change) - margin(high, low, now, SIGMAS)), change)
+
+
+class Content:
+    """What the features tell of the inputs' spectra, mean of both encoders, against the untrained encoder's.
+
+    In correlation, not in ratios, as its noise is about the same at any level: 1 / sqrt(inputs) at the most.
+    """
+
+    def __init__(self) -> None:
+        self.start: float | None = None
+        self.now = 0.0
+        self.gaps: deque[float] = deque(maxlen=LOOKS)  # of the last looks, above the start
+
+    def add(self, record: Record) -> None:
+        held = [v for key in ("content", "content/context") if (v := number(record.get(key))) is not None]
+        if not held:
+            return
+        self.now = sum(held) / len(held)
+        untrained = number(record.get("content/untrained"))
+        if self.start is None:
+            self.start = self.now if untrained is None else untrained
+        else:
+            self.gaps.append(self.now - self.start)
+
+    @property
+    def fall(self) -> float:
+        """What the last looks agree that it has lost, or gained (below 0); 0 where they do not, or are too few."""
+        if len(self.gaps) < LOOKS:
+            return 0.0
+        return -max(self.gaps) if max(self.gaps) < 0 else -max(0.0, min(self.gaps))
 
 
 class Signals:
@@ -96,16 +126,14 @@ class Signals:
 
 
 def gauges() -> dict[str, Gauge]:
-    """By signal. A squared loss goes as the square of the variation; the discrepancy has 0.45, measured."""
+    """By signal. A squared loss goes as the square of the variation."""
     return {
         "loss": Gauge(power=0.5),
         "spread": Gauge(),
         "constant loss": Gauge(power=0.5),
-        "feature_std": Gauge(),
         "rankme": Gauge(),
         "rankme/context": Gauge(),
         "participation/context": Gauge(),
-        "discrepancy/visible": Gauge(power=0.45, from_peak=True),
         "share": Gauge(),
         "loss share": Gauge(),
     }
