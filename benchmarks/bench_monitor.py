@@ -267,13 +267,17 @@ def measure(bench: Bench, shape: str) -> None:
 
 
 def trainer(bench: Bench, case: Case, log_every: int, monitor_every: int) -> None:
-    """What a run pays a step, from the parts: distances always, a record and probes at the preset's periods."""
-    needed = [OFF, EMA_ONLY, "part: EMA only", "part: EMA and distances", "part: record"]
+    """What a run pays a step, from the parts: distances always, a record and probes at the preset's periods.
+
+    And what it would pay for distances and the discrepancy of the visible tokens on every step.
+    """
+    needed = [OFF, EMA_ONLY, "part: EMA only", "part: EMA and distances", "part: signals", "part: record"]
     if any(part not in case.times for part in needed):
         return
-    off, base, ema, distances, record = (case.times[part] for part in needed)
+    off, base, ema, distances, signals, record = (case.times[part] for part in needed)
     extra = [d - e + r / log_every for d, e, r in zip(distances, ema, record, strict=True)]
-    paid = {"trainer without probes": extra}
+    every_step = [d - e + s for d, e, s in zip(distances, ema, signals, strict=True)]
+    paid = {"trainer without probes": extra, "drift and discrepancy every step": every_step}
     if "part: probes" in case.times:
         paid["trainer"] = [x + p / monitor_every for x, p in zip(extra, case.times["part: probes"], strict=True)]
     for what, seconds in paid.items():

@@ -52,10 +52,11 @@ def runs() -> list[Run]:
     return out
 
 
-def without_probes(records: list[Record], only: tuple[str, ...] = ()) -> list[Record]:
+def without_probes(records: list[Record], only: tuple[str, ...] = (), content: bool = True) -> list[Record]:
     """The records as a project without labels has them; `only` these keys, if given."""
+    hidden = ("probe/",) if content else ("probe/", "content")
     keep = [
-        k for k in {k for r in records for k in r} if not k.startswith("probe/") and (not only or k in ("step", *only))
+        k for k in {k for r in records for k in r} if not k.startswith(hidden) and (not only or k in ("step", *only))
     ]
     return [{k: r[k] for k in keep if k in r} for r in records]
 
@@ -65,9 +66,9 @@ def without_probes(records: list[Record], only: tuple[str, ...] = ()) -> list[Re
 Rule = Callable[[list[Record]], tuple[int | None, int | None]]
 
 
-def detector(*only: str) -> Rule:
+def detector(*only: str, content: bool = True) -> Rule:
     def rule(records: list[Record]) -> tuple[int | None, int | None]:
-        events = {e.kind: e.called_at for e in reversed(phase.detect(without_probes(records, only)))}
+        events = {e.kind: e.called_at for e in reversed(phase.detect(without_probes(records, only, content)))}
         return events.get("collapse_suspected"), events.get("recovery_suspected")
 
     return rule
@@ -202,7 +203,9 @@ def report() -> str:
     untouched = [run for run in everything if run.half == "untouched"]
     keys = {k for run in everything for r in run.records for k in r}
     rules = {
-        "every signal": detector(),
+        "every signal, of runs with `content`": detector(),
+        "the same runs without it (not `content`)": detector(content=False),
+        "every signal but the content, all runs": detector(content=False),
         "loss alone": detector("loss"),
         "loss, discrepancy": detector("loss", "discrepancy/visible"),
         "loss, skill": detector("loss", "skill"),

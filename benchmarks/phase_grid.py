@@ -81,6 +81,8 @@ def first() -> list[Cell]:
         cell("sensor", 12, 700, decay=0.99, std=0.05, lr=3e-4, width=64), cell("resonance", 7, 700, decay=0.99, std=0.05, lr=3e-4, width=64),
         cell("sensor", 10, 500, decay=0.0, std=0.03, lr=3e-4, width=64), cell("chirp", 11, 700, decay=0.99, lr=3e-4),
         cell("textures", 0, 500, decay=0.999),
+        *(cell("sensor", 0, 1800, decay=decay) for decay in (0.0, 0.9, 0.99, 0.996, 0.999, 0.9999, 1.0)),  # docs/beta
+        *(cell("sensor", seed, 1800, decay=0.996) for seed in (1, 2)),
     ]  # fmt: skip
 
 
@@ -137,9 +139,9 @@ def arguments(one: Cell, folder: Path) -> list[str]:
     if one.data == "textures" and one.seed < 100:
         changes |= {"model.width": 64, "model.depth": 2, "train.batch_size": 48}
     if one.data == "spots":
-        changes |= {"data.image_size": phase_data.SIZE, "model.patch": 6, "masks.min_keep": 2}
+        changes |= {"data.image_size": phase_data.SIZE, "model.patch": 6, "masks.min_keep": 1}
     if one.data == "digits":
-        changes |= {"data.image_size": 16, "masks.min_keep": 2}
+        changes |= {"data.image_size": 16, "masks.min_keep": 1}
     changes["parallel.threads"], changes["data.workers"] = 1, 1
     changes["run.dir"] = folder / "runs" / one.name
     return [one.preset, *(str(part) for k, v in changes.items() for part in (f"--{k}", v))]
@@ -165,11 +167,11 @@ def train(folder: Path) -> None:
 
 
 def thin(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Columns of the records every EVERY steps, four digits; `loss` is the mean of the records between."""
+    """Columns of the records every EVERY steps and with probes, four digits; `loss` is the mean of the records between."""
     kept, losses = [], []
     for record in records:
         losses.append(record["loss"])
-        if record["step"] % EVERY == 0:
+        if record["step"] % EVERY == 0 or "probe/context" in record:
             kept.append(record | {"loss": None if None in losses else sum(losses) / len(losses)})
             losses = []
     keys = [key for key in KEPT if any(key in record for record in kept)]
