@@ -227,13 +227,12 @@ def report() -> str:
 HEADER = """# How far the label-free events can be trusted
 
 Written by `python benchmarks/calibrate_phase.py --write`; the runs are in phase_runs.jsonl, made by phase_grid.py, logged
-every {every} steps with probes every 100. {tuning} runs are the tuning half, on which middles and weights were set by hand;
-{untouched} runs, of other seeds and (but for the demo's set) other generators, took no part in that.
-
-**The label-free suspicions barely tell runs with a dip from runs without one on the untouched half.** Nor is that half
-pristine: raw rows of four of its runs had been seen while the detector was designed, the list of runs was changed five
-times as the grid ran, and two generators were redesigned when their untrained probe came out at chance. It is spent: the
-next calibration needs fresh seeds and generators, and more runs that recover (here one).
+every {every} steps with probes every 100, of small images every 50. {tuning} runs are the tuning half, on which middles and
+weights were set by hand: all runs of a first calibration (whose untouched half is so spent), the demo's sweep over the EMA
+decay, and a few fresh ones. {untouched} runs are the untouched half: other seeds, and generators that tuning never saw
+(modulation, pulses, colour, gaps, spots) beside the sets that the presets train on. The detector was frozen before a row of
+them was evaluated; before that, a search for an error in the log of the grid had shown progress lines of two of them, and
+all generators were checked for what an untrained encoder's probe makes of them.
 
 Truth is the probe rule: the mean of both encoders' probes 0.026 below the untrained encoder's in two records in a row, and
 later above it by as much. The detector sees the records without probes. *Lead* is how many steps before the probe rule could
@@ -241,9 +240,12 @@ say so the call came; negative is later. A dip has *no room* where the untrained
 class. Brackets are 95 % bootstrap intervals over runs (which cannot see past a rate of 0 or 1: read n); lead times are medians. A rule "`key` at r of its start" gives
 the alarm when that one signal falls to r of its first value, and the all-clear when it is back; r was chosen on the tuning half.
 *Right* is a suspected collapse in a run with a dip, and a suspected recovery whose next probes are 0.026 above the untrained
-encoder's. The confidence alone was set on both halves, after the untouched one had been seen; calls were not.
-Not every run logs every key (the grid grew while the monitor did): n says how many did.
-All data are generated, models are small and runs short: the table says how the rules compare, not what they do elsewhere.
+encoder's.
+`content` is what the features tell of their inputs' spectra (docs/metrics.md); only the fresh runs have it, measured from
+features that were kept, by the code that now logs it.
+Not every run logs every other key (the grid grew while the monitor did): n says how many did.
+All data but the digits are generated, models are small and runs short: the table says how the rules compare, not what they
+do elsewhere.
 """
 
 

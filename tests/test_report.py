@@ -134,6 +134,14 @@ def test_without_a_probe_a_suspicion_is_told_as_one():
     assert "suggest" not in told(run_of(dipping, lambda s: 0.5 if s else 0.6))  # where a probe knows, nobody guesses
 
 
+def test_without_a_probe_the_content_is_told():
+    records = [{"step": s, "loss": dipping(s)} for s in STEPS]
+    assert "spectra" not in told(records)
+    for r in records[::10]:
+        r |= {"content": 0.4 if r["step"] == 0 else 0.2 if r["step"] == 300 else 0.45, "content/untrained": 0.4}
+    assert "least at step 300 (correlation 0.20) and ends at 0.45; the untrained encoder's tell 0.40" in told(records)
+
+
 def test_a_late_drop_is_told():
     records = [{"step": s, "loss": dipping(s) * (0.3 if s > 800 else 1)} for s in STEPS]
     assert "after an escape, a curve fell suddenly" in told(records)

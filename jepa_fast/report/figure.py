@@ -54,6 +54,15 @@ DETAILS: dict[str, tuple[str, tuple[Panel, ...]]] = {
                 ("bound/ema_term", "‖D‖ ‖x‖", "orange", "--"), ("bound/measured", "measured", "green", "-"))),
         ),
     ),
+    "What the features tell of the inputs": (
+        "Without labels: how well a ridge regression reads the inputs' power spectra from pooled features, as a correlation. "
+        "Below the untrained encoder's the features have lost what tells inputs apart, as far as a spectrum shows it.",
+        (
+            ("Content: correlation with the inputs' spectra", 1.2, "linear", (
+                ("content/context", "context encoder", "blue", "-"), ("content", "target encoder", "orange", "-"),
+                ("content/untrained", "untrained", "muted", "--"))),
+        ),
+    ),
     "How many directions the features use": (
         "Spectra of pooled features. They need not fall in the collapse phase: RankMe is blind to scale, and often falls "
         "when features get better.",

@@ -38,6 +38,7 @@ NUMBERS = {
     "discrepancy/visible": "discrepancy, visible tokens", "discrepancy/full": "discrepancy, whole inputs",
     "discrepancy/relative": "visible / spread", "spread": "instance spread", "skill": "predictor skill",
     "drift/total": "drift ‖θ − θ̄‖", "rankme": "RankMe, target encoder", "lidar": "LiDAR, target encoder",
+    "content": "content, target encoder",
     "bound/gamma": "bound γ", "bound/measured": "what γ bounds", "images_per_s": "samples per second",
     "time/data_wait": "seconds a step waited for data",
 }  # fmt: skip

@@ -51,7 +51,7 @@ def _on_probe(records: list[Record], events: list[Record]) -> list[str]:
         values(records, f"probe/{name}") for name in ("context", "target", "untrained", "majority")
     )
     if not target or not untrained:
-        return _without_probe(events, bottomed is not None)
+        return _without_probe(records, events, bottomed is not None)
     recovered = below is not None and back is not None and back["step"] > below["step"]
     other = f" and on the context encoder at {context[-1][1]:.3f}" if context else ""
     said = f"A linear probe on the target encoder ends at {target[-1][1]:.3f}{other}; the untrained encoder has {untrained[-1][1]:.3f}"
@@ -116,10 +116,17 @@ def _alone(records: list[Record]) -> list[str]:
     return said
 
 
-def _without_probe(events: list[Record], bottomed: bool) -> list[str]:
+def _without_probe(records: list[Record], events: list[Record], bottomed: bool) -> list[str]:
     """What can be said where nothing knows what the features are worth."""
     alarm = ": a loss minimum is the alarm of the collapse phase, no proof of it" if bottomed else ""
     said = [f"There is no probe, so nothing says how good the features are{alarm}."]
+    content, untrained = values(records, "content"), values(records, "content/untrained")
+    if content and untrained:
+        step, lowest = min(content, key=lambda point: point[1])
+        said.append(
+            f"What the target encoder's features tell of the inputs' spectra was least at step {step:,} (correlation {lowest:.2f}) "
+            f"and ends at {content[-1][1]:.2f}; the untrained encoder's tell {untrained[-1][1]:.2f}."
+        )
     collapse, recovery = last_of("collapse_suspected", events), last_of("recovery_suspected", events)
     for event, what in ((collapse, "useless features"), (recovery, "useful features again")):
         if event and not (event is recovery and collapse and recovery["step"] < collapse["step"]):
