@@ -106,6 +106,12 @@ def test_the_shape_of_the_loss_alone_is_no_collapse():
     assert "there was none" in said
 
 
+def test_a_fall_that_stays_above_the_untrained_encoder_is_told():
+    said = told(run_of(dipping, lambda s: 0.6 if s == 0 else 0.8 if s < 300 else 0.62 if s < 600 else 0.75))
+    assert "there was none" in said and "from 20.0 points above it at step 100 to 2.0 at step 300" in said
+    assert "on the way" not in told(run_of(dipping, lambda s: 0.6 + s / 5000))
+
+
 def test_a_dip_within_the_probes_margin_is_neither_asserted_nor_denied():
     said = told(run_of(dipping, lambda s: 0.6 if s == 0 else 0.58 if s < 600 else 0.8))
     assert "at most 2.0 points below" in said and "(step 100)" in said and "cannot tell" in said

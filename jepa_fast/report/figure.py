@@ -206,8 +206,9 @@ def _mark(ax: Axes, points: list[tuple[int, float]], event: Record) -> None:
     side = "left" if across < 0.6 else "right"  # beside its line, not across it
     ax.vlines(step, ax.get_ylim()[0], value, color=LIGHT["ink"], linewidth=0.7)
     ax.plot([step], [value], "o", color=LIGHT["ink"], markersize=4)
-    ax.text(step, 0.03, f" {event['kind'].replace('_', ' ')}, step {event['step']:,} ", transform=ax.get_xaxis_transform(), ha=side,
-            va="bottom", fontsize=8, color=LIGHT["ink"])  # fmt: skip
+    ax.annotate(f"{event['kind'].replace('_', ' ')}, step {event['step']:,}", (step, 0.03), ha=side, va="bottom", fontsize=8,
+                xycoords=ax.get_xaxis_transform(), xytext=(4 if side == "left" else -4, 0), textcoords="offset points",
+                color=LIGHT["ink"])  # fmt: skip
 
 
 def below(records: list[Record], events: list[Record]) -> list[tuple[int, int]]:

@@ -81,10 +81,23 @@ def _shape_without_dip(records: list[Record], events: list[Record]) -> str:
     step, gap = min(_gaps(records), key=lambda point: point[1])
     shape = f"{named[0].upper()}{named[1:]} the shape of the collapse phase"
     if gap > -phase.PROBE_MARGIN / 2:
-        return f"{shape}, but the features never fell below the untrained encoder's: by the probe there was none."
+        return f"{shape}, but the features never fell below the untrained encoder's: by the probe there was none.{_setback(records)}"
     return (
         f"{shape}. The mean of both encoders' probes was at most {-100 * gap:.1f} points below the untrained encoder's (step {step:,}), "
         f"and {100 * phase.PROBE_MARGIN:.1f} on two records in a row count as a difference: whether the features got worse on the way, this probe cannot tell."
+    )
+
+
+def _setback(records: list[Record]) -> str:
+    """The deepest fall of the probes that stayed above the untrained encoder's, if there is one to speak of."""
+    gaps = _gaps(records)
+    falls = [(best, now) for i, now in enumerate(gaps) for best in [max(gaps[: i + 1], key=lambda point: point[1])]]
+    (began, high), (ended, low) = max(falls, key=lambda fall: fall[0][1] - fall[1][1])
+    if high - low < 2 * phase.PROBE_MARGIN:
+        return ""
+    return (
+        f" They got worse on the way, though: from {100 * high:.1f} points above it at step {began:,} to {100 * low:.1f} at step {ended:,}, "
+        "mean of both encoders' probes."
     )
 
 
