@@ -173,7 +173,7 @@ def _examination(config: Config, dataset: Dataset, jepa: JEPA, world: World, cho
             )
             inputs = probe_set.test
         else:
-            inputs = torch.from_numpy(fixed_draw(dataset.train, FULL_INPUTS)[0])
+            inputs = torch.from_numpy(fixed_draw(dataset.train, max(FULL_INPUTS, config.monitor.probe_train))[0])
     return Examination(
         jepa.context_encoder, jepa.target_encoder, inputs, probe_set=probe_set, views=FixedMasks(config),
         config=config.monitor, device=world.device, everywhere=choice.sharded,

@@ -33,7 +33,8 @@ class Views(Protocol):
 class Examination:
     """Encoders are called as `encoder(inputs)` and give features [B, N, D] of every token.
 
-    inputs: a fixed batch, as the encoders take it; the first 256 are used. probe_set: labelled inputs; None: no probes.
+    inputs: a fixed batch, as the encoders take it; the first 256 are compared under both encoders. probe_set: labelled
+    inputs; None: no probes, and spectra and content are of all `inputs`.
     views: how an encoder sees inputs through the run's masks; None: equation 4, the bound and LiDAR stay unmeasured.
     config: periods and settings. everywhere: all processes take part, as sharded encoders need; else the first alone.
     """
@@ -55,6 +56,7 @@ class Examination:
         self.probe_set, self.views, self.config = probe_set, views, config or Monitor()
         self.device = device or next(context_encoder.parameters()).device
         self.inputs, self.everywhere, self.around = inputs[:FULL_INPUTS], everywhere, around
+        self.sample = inputs if probe_set is None else probe_set.train  # that features are pooled over
         self.untrained: dict[str, float] = {}  # probe and content of the encoder as initialised, every curve's baseline
         self._signature: Tensor | None = None
         self._jacobian = bound.Jacobian()
@@ -159,10 +161,9 @@ class Examination:
     # ---- what the features are worth, and how many directions they use --------------------------------
 
     def _features(self, name: str) -> Tensor:
-        """Pooled features of the probe's training inputs, or of the fixed ones: [n, D]."""
+        """Pooled features of the probe's training inputs, or of those given: [n, D]."""
         if name not in self._pooled:
-            inputs = self.inputs if self.probe_set is None else self.probe_set.train
-            self._pooled[name] = probes.features(self.encoders[name], inputs, self.device)
+            self._pooled[name] = probes.features(self.encoders[name], self.sample, self.device)
         return self._pooled[name]
 
     def _probes(self) -> dict[str, float]:
@@ -188,8 +189,7 @@ class Examination:
     def _content(self) -> dict[str, float]:
         """What both encoders' features tell of the inputs' spectra."""
         if self._signature is None:
-            inputs = self.inputs if self.probe_set is None else self.probe_set.train
-            self._signature = content.signature(inputs)
+            self._signature = content.signature(self.sample)
         if self._signature is None:
             return {}
         names = {"content": "target", "content/context": "context"}
