@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_fast.config import replace
+from jepa_fast.config import check, replace
 from jepa_fast.data import images, nvjpeg
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.loader import Loader
@@ -108,7 +108,7 @@ def test_without_cuda_or_torchvision_it_is_refused_with_the_mend(folder, monkeyp
 
 def test_a_series_has_no_jpegs():
     with pytest.raises(UsageError, match=r"data\.decoder is .nvjpeg."):
-        replace(preset("demo"), {"data.decoder": "nvjpeg"}).check()
+        check(replace(preset("demo"), {"data.decoder": "nvjpeg"}))
 
 
 def test_torchvision_takes_what_the_stand_in_takes():
