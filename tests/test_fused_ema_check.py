@@ -135,6 +135,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore")  # torch calls sparse and nested tensors young
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_named_and_nothing_is_written(case):
     change, kind, message = REFUSED[case]

@@ -103,6 +103,7 @@ def test_integer_parameters_are_copied_and_complex_ones_refused():
         FusedEMA(model)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch calls sparse and nested tensors young
 @pytest.mark.parametrize("kind", ["parameter", "buffer"])
 def test_a_model_that_cannot_be_averaged_is_refused_by_name(kind):
     def holding(tensor):
