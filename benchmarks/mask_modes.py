@@ -33,9 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/mask_modes"), help="where the runs are (%(default)s)")
     parser.add_argument("--out", type=Path, default=rows.RESULTS, help="folder of the CSV file (%(default)s)")
     args, fields = parser.parse_known_args(argv)
-    shape = " ".join(
-        ["textures", *(f"{k.removeprefix('--')}={v}" for k, v in zip(fields[::2], fields[1::2], strict=True))]
-    )
+    named = zip(fields[::2], fields[1::2], strict=True)
+    shape = " ".join(["textures", *(f"{k.rpartition('.')[2]}={v}" for k, v in named if not k.startswith("--monitor."))])
     budget = args.steps * work("reference", fields)
     environment = machine.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for mode in args.modes:

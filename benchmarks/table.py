@@ -31,9 +31,13 @@ HEADLINE = {
     "parallel": "overhead_fraction",
     "checkpoint": "overhead_steps",
     "profile": "share_of_step",
+    "mask_modes": "probe/target",
 }
 # By another command than `python -m benchmarks NAME`.
-MEASURED_BY = {"profile": "python -m benchmarks.kernel_table --out benchmarks/results"}
+MEASURED_BY = {
+    "profile": "python -m benchmarks.kernel_table --out benchmarks/results",
+    "mask_modes": "python benchmarks/mask_modes.py",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
