@@ -81,11 +81,12 @@ def _advice(config: Config, size: int, needed: float, room: float) -> str:
         return ""
     share = config.train.batch_size // size
     for mode, cut in (("ddp", 1), ("fsdp", size)):
-        for micro in range(min(share, config.parallel.micro_batch or share) - 1, 0, -1):
-            smaller = replace(config, {"parallel.micro_batch": micro})
-            if share % micro == 0 and need(smaller, mode, size, cut).total <= room:
-                name = f", with which {mode} fits" if size > 1 else ""
-                return f"; even so {needed / GB:.1f} of {room / GB:.1f} GB: give --parallel.micro_batch {micro}{name}"
+        all_at_once = need(config, mode, size, cut)
+        left = room - all_at_once.state - all_at_once.gathered
+        fitting = [m for m in range(1, share) if share % m == 0 and _activations(config, m) <= left]
+        if fitting:
+            name = f", with which {mode} fits" if size > 1 else ""
+            return f"; even so {needed / GB:.1f} of {room / GB:.1f} GB: give --parallel.micro_batch {fitting[-1]}{name}"
     return f"; even so {needed / GB:.1f} of {room / GB:.1f} GB: too much for so few devices"
 
 
