@@ -19,7 +19,8 @@ from benchmarks.machine import ROOT
 from benchmarks.rows import Row
 
 DOCUMENTS = (
-    "benchmarks/README.md", "benchmarks/GPU.md", "docs/performance.md", "docs/scaling.md", "kernels/fused_ema/README.md",
+    "benchmarks/README.md", "benchmarks/GPU.md", "docs/data.md", "docs/performance.md", "docs/scaling.md",
+    "kernels/fused_ema/README.md",
 )  # fmt: skip
 BLOCK = re.compile(r"<!-- begin (rows|newest|computed) ([^>]+?) -->\n(.*?)<!-- end -->", re.DOTALL)
 # What a benchmark is about: this metric is drawn and shown with its spread.
