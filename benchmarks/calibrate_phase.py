@@ -204,8 +204,9 @@ def report() -> str:
     keys = {k for run in everything for r in run.records for k in r}
     rules = {
         "every signal, of runs with `content`": detector(),
-        "the same runs without it (not `content`)": detector(content=False),
-        "every signal but the content, all runs": detector(content=False),
+        "`content` alone": detector("content", "content/context", "content/untrained"),
+        "every signal but it, of runs with `content`": detector(content=False),
+        "every signal but the content, of all runs": detector(content=False),
         "loss alone": detector("loss"),
         "loss, discrepancy": detector("loss", "discrepancy/visible"),
         "loss, skill": detector("loss", "skill"),
@@ -245,7 +246,8 @@ encoder's.
 features that were kept, by the code that now logs it.
 Not every run logs every other key (the grid grew while the monitor did): n says how many did.
 All data but the digits are generated, models are small and runs short: the table says how the rules compare, not what they
-do elsewhere.
+do elsewhere. Most classes here show in a power spectrum, which is what `content` reads: where a class does not, expect less
+of it. In the untouched half no run recovers by the probe rule, so nothing is known of recoveries called in time there.
 """
 
 

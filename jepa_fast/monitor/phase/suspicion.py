@@ -64,7 +64,7 @@ MOVED = "{gauge} went from {start:.3g} to {now:.3g} ({change:.2f}x)"
 CAME_BACK = "{gauge} was lowest at {lowest:.3g} and is {now:.3g} (start {start:.3g})"
 POOR = "{now:.1%} of the targets' energy varies between inputs"
 BIAS = -0.2  # of both beliefs: without a signal, no
-# Taken from the log odds: without content it brings the mean confidence of a call to the share that was right.
+# Taken from the log odds: without content it brings the mean confidence of a call near the share that was right.
 CAUTION = {"collapse_suspected": 0.65, "recovery_suspected": 1.7}
 RESOLVED = 5  # records that a fall of the loss must have for the first to be its beginning
 CONTENT, LOST = 2.5, 0.03  # weight of the content, and the correlation that counts as a difference
