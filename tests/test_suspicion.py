@@ -134,6 +134,11 @@ def test_content_that_is_lost_is_a_collapse_and_content_regained_its_end():
     assert story(content(jepa(1 + 0 * STEPS), *points)) == ["collapse", "recovery"]  # variation or not
 
 
+def test_content_needs_no_other_signal():
+    records = only(content(collapse(), (0, 0.4), (200, 0.32), (600, 0.32), (1000, 0.5)), "content", "content/context")
+    assert story(records) == story(records[::10]) == ["collapse", "recovery"]
+
+
 def test_one_look_at_the_content_is_not_enough():
     assert story(content(collapse(), (0, 0.4), (200, 0.4), (300, 0.3), (400, 0.4), (1500, 0.4))) == []
 

@@ -69,16 +69,18 @@ class Content:
         self.now = 0.0
         self.gaps: deque[float] = deque(maxlen=LOOKS)  # of the last looks, above the start
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Record) -> bool:
+        """Whether the record has a look."""
         held = [v for key in ("content", "content/context") if (v := number(record.get(key))) is not None]
         if not held:
-            return
+            return False
         self.now = sum(held) / len(held)
         untrained = number(record.get("content/untrained"))
         if self.start is None:
             self.start = self.now if untrained is None else untrained
         else:
             self.gaps.append(self.now - self.start)
+        return True
 
     @property
     def fall(self) -> float:

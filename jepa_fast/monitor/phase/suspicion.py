@@ -112,10 +112,10 @@ class Suspicions:
         self.first = step if self.first is None else self.first
         if minimum:
             self.minimum, self.bottom = _minimum(minimum), minimum.low.step
-        self.content.add(record)
+        looked = self.content.add(record)
         for name in levels.keys() & self.gauges.keys():
             self.gauges[name].add(levels[name])
-        if not self.expected or not levels:
+        if not self.expected or not (levels or looked):
             return None
         kind = self.expected[0]
         ballots = COLLAPSE if kind == "collapse_suspected" else RECOVERY
