@@ -232,8 +232,10 @@ every {every} steps with probes every 100, of small images every 50. {tuning} ru
 weights were set by hand: all runs of a first calibration (whose untouched half is so spent), the demo's sweep over the EMA
 decay, and a few fresh ones. {untouched} runs are the untouched half: other seeds, and generators that tuning never saw
 (modulation, pulses, colour, gaps, spots) beside the sets that the presets train on. The detector was frozen before a row of
-them was evaluated; before that, a search for an error in the log of the grid had shown progress lines of two of them, and
-all generators were checked for what an untrained encoder's probe makes of them.
+them was evaluated. Before that, a search for an error in the log of the grid had shown rows of two of them and watching it
+grow single progress lines of others; the list was shortened and reordered as it ran, for want of time; and all generators
+were checked for what an untrained encoder's probe makes of them. What the detector does with `content` alone was mended
+after the evaluation, which moved no other row.
 
 Truth is the probe rule: the mean of both encoders' probes 0.026 below the untrained encoder's in two records in a row, and
 later above it by as much. The detector sees the records without probes. *Lead* is how many steps before the probe rule could

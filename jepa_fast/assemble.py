@@ -115,11 +115,6 @@ def _forwarded(config: Config, world: World) -> int:
 
 def _fitted(config: Config, dataset: Dataset) -> Config:
     """The configuration with length and channels of a series taken from the data, where it leaves them open."""
-    if config.train.batch_size > len(dataset.train):
-        raise UsageError(
-            f"--train.batch_size is {config.train.batch_size}, but there are {len(dataset.train)} training samples "
-            f"({dataset.description.split(':')[0]}): give at most as many"
-        )
     if config.data.kind != "series":
         return config
     for name, held in (("data.channels", dataset.shape[0]), ("data.series_length", dataset.shape[1])):
@@ -211,6 +206,11 @@ def _introduce(run: Run) -> None:
     print(f"{config.preset}: {run.dataset.description}")
     for note in [*run.dataset.notes, *filter(None, [run.loader.where])]:
         print(f"data: {note}")
+    if config.train.batch_size > len(run.dataset.train):
+        print(
+            f"data: --train.batch_size is {config.train.batch_size}, but there are {len(run.dataset.train)} training samples: "
+            "every batch holds samples more than once"
+        )
     print(
         f"encoder {encoder / 1e6:.2f} M and predictor {predictor / 1e6:.2f} M parameters, {config.num_tokens} tokens, masks {config.masks.mode}"
     )
