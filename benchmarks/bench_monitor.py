@@ -230,7 +230,8 @@ def measure(bench: Bench, shape: str) -> None:
     batch, probe_images = (on_cuda, probes_cuda) if cuda else (on_cpu, probes_cpu)
     if bench.tiny:
         batch, probe_images = 4, (16, 8)
-    subject = Subject(OneStep(name, batch, bench.device), probe_images)
+    precision = {} if cuda else {"train.precision": "fp32"}  # few CPUs multiply bf16
+    subject = Subject(OneStep(name, batch, bench.device, precision), probe_images)
     config = subject.step.config
     case = bench.case(f"{shape} batch {batch}", "bfloat16" if config.train.precision == "bf16" else "float32")
     calls = {way_name: whole_step(subject, way) for way_name, way in ways().items()}
