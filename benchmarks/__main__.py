@@ -26,14 +26,14 @@ class Part:
 
 # In the order of what one wants to know first. Two quiet cores take about four fifths of the limits.
 CPU_SET = {
-    "ema": Part(85),
-    "monitor": Part(145, ("--rounds", "5", "--seconds", "25")),
-    "step": Part(65, ("--batch", "8", "--rounds", "7", "--seconds", "60")),
-    "data": Part(50),
-    "attention": Part(38),
-    "checkpoint": Part(105, ("--rounds", "3", "--seconds", "30")),
+    "ema": Part(75),
+    "monitor": Part(115, ("--rounds", "5", "--seconds", "25")),
+    "step": Part(60, ("--batch", "8", "--rounds", "7", "--seconds", "60")),
+    "data": Part(45),
+    "attention": Part(36),
+    "checkpoint": Part(130, ("--rounds", "3", "--seconds", "30")),
     "masks": Part(22),
-    "parallel": Part(85, ("--rounds", "3", "--seconds", "20")),
+    "parallel": Part(110, ("--rounds", "3", "--seconds", "20")),
 }
 RESERVE = 12  # seconds before its limit at which a benchmark begins no further round
 
