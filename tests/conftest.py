@@ -35,6 +35,15 @@ def cache_of_the_session(tmp_path_factory):
         os.environ["JEPA_FAST_CACHE"] = before
 
 
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """In an empty folder, on a machine without CUDA, and reports are not drawn."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("jepa_fast.report.write", lambda folder: folder)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """(run folder, records) of six steps on forty generated series, with checkpoints of steps 3 and 6."""

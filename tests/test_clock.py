@@ -9,19 +9,13 @@ from test_parallel import TINY
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jepa_fast import report, run, train
+from jepa_fast import run, train
 from jepa_fast.clock import Clock, HostSyncs
 from jepa_fast.data.loader import HostBatch
 from jepa_fast.model.attention import Sequences
 from jepa_fast.parallel import World
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(report, "write", lambda folder: folder)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 # ---- host synchronisations, without a device to wait for -------------------------------------------

@@ -1,4 +1,4 @@
-"""FusedEMA: pairing, ties, buffers, decay, swap, state, spectral drift; sharded on two processes."""
+"""FusedEMA in a training loop: it follows, measures, swaps, and keeps its state."""
 
 import copy
 import math

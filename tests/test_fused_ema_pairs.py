@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_fused_ema_module import move, network
 from torch import nn
 
 from fused_ema import FusedEMA
@@ -12,17 +13,6 @@ class Tied(nn.Module):
         super().__init__()
         self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
         self.head.weight = self.embed.weight
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)))
-
-
-def move(model, amount=0.1):
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(amount)
 
 
 def test_tied_weights_are_updated_once_and_stay_tied():

@@ -16,13 +16,7 @@ from jepa_fast.clock import Clock
 from jepa_fast.log import read
 from jepa_fast.monitor.spikes import loss_spike
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(report, "write", lambda folder: folder)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def go(*args):

@@ -11,17 +11,11 @@ import pytest
 from test_parallel import TINY
 from together import CONTEXT
 
-from jepa_fast import cli, report, rundir, train
+from jepa_fast import cli, rundir, train
 from jepa_fast.config import Config
 from jepa_fast.errors import UsageError
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(report, "write", lambda folder: folder)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def go(*args):

@@ -20,13 +20,7 @@ from jepa_fast.errors import UsageError
 from jepa_fast.log import RunLog, read
 from jepa_fast.parallel import World
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(report, "write", lambda folder: folder)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def go(*args):
