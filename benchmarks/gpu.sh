@@ -6,9 +6,10 @@
 #   bash benchmarks/gpu.sh --fetch-wheels DIR [3.12]
 #
 #   PART            build tests ema step monitor train graphs parallel attention data checkpoint profile; default: all
-#                   these, in this order. By name only: demos (textures and digits, trained to their end)
+#                   these, in this order. By name only: demos (textures and digits, trained to their end), masks (the
+#                   mask modes at equal work), runs (whole runs: kept series, nvJPEG, checkpoints)
 #   --out DIR       leaves summary.txt, rows.csv, log.txt, train.jsonl, profile.txt, trace.json.gz there (default out/gpu);
-#                   demos adds textures.jsonl and digits.jsonl
+#                   demos adds textures.jsonl and digits.jsonl, runs a file for each run
 #   --peer DIR      a checkout of facebookresearch/ijepa, to be measured beside us; none of its code is in this tree
 #   --wheels DIR    wheels to use where packages are missing; --fetch-wheels fills such a folder, where there is a network
 #   --commit HASH   what to write into the rows, where the checkout has no .git
@@ -23,7 +24,7 @@ PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && echo "$ROOT/.venv/bin/pyth
 # What a machine with torch, numpy, pillow, matplotlib, scikit-learn, pybind11, pytest and hypothesis still lacks.
 WHEELS="webdataset braceexpand tyro docstring_parser typeguard simplejpeg safetensors"
 ALL="build tests ema step monitor train graphs parallel attention data checkpoint profile"
-MORE="demos"
+MORE="demos masks runs"
 
 die() { echo "error: $*" >&2; exit 2; }
 
@@ -129,6 +130,28 @@ part_demos() { # the curves of the CPU's runs, on this device
     done
     return $code
 }
+part_masks() { # twelve runs; what is finished when time is up is in the rows
+    local options=(--seeds 3)
+    [ -z "$dry" ] || options=(--seeds 1 --steps 4 --monitor.probe_train 64 --monitor.probe_test 64)
+    "$PYTHON" -m benchmarks.mask_modes "${options[@]}" --runs "$scratch/masks" --out "$scratch/rows"
+}
+part_runs() { # what only whole runs show, in their metrics: series kept on the device, nvJPEG, checkpoints under way
+    local code=0 steps=200 every=50 places="host device" decoders="cpu nvjpeg"
+    local big=(in1k-vitb16 --data.embedded textures224 --train.batch_size 128 --monitor.probe_train 256 --monitor.probe_test 128)
+    if [ -n "$dry" ]; then
+        steps=4 every=2 places=host decoders=cpu
+        big=(images --data.embedded textures224 --data.image_size 64 --model.width 64 --model.depth 1 --model.heads 2
+            --train.batch_size 8 --train.precision fp32 --masks.min_keep 1 --monitor.probe_train 64 --monitor.probe_test 64)
+    fi
+    one() { # NAME OPTION ...
+        "$PYTHON" -m jepa_fast.train "${@:2}" --train.steps $steps --run.dir "$scratch/$1" || code=1
+    }
+    local choice
+    for choice in $places; do one "kept-$choice" demo --data.keep_on "$choice"; done
+    for choice in $decoders; do one "decoded-$choice" "${big[@]}" --data.decoder "$choice"; done
+    one checkpoints "${big[@]}" --checkpoint.every $every --log.every $((every / 5 + 1))
+    return $code
+}
 part_profile() {
     "$PYTHON" -m benchmarks.kernel_table --device "$device" $tiny --out "$scratch/rows" --trace "$out/trace.json.gz" \
         >"$out/profile.txt"
@@ -140,7 +163,7 @@ part_profile() {
 # Seconds a part may take; those of one call are its limit together.
 declare -A most=([build]=60 [tests]=52 [ema]=42 [step]=140 [monitor]=58 [train]=38 [graphs]=30 [parallel]=30 [attention]=20
     [data]=22 [checkpoint]=18 [profile]=20)
-most[demos]=500 # a call of its own
+most[demos]=500 most[masks]=520 most[runs]=500 # each a call of its own
 if [ -n "$dry" ]; then for part in $ALL $MORE; do most[$part]=120; done; fi # a busy CPU is no fault of the script
 
 # ---- one after the other -----------------------------------------------------------------------------------
@@ -156,7 +179,7 @@ export ROOT PYTHON out peer dry scratch device tiny gate
 
 collect() { # all rows and records so far: what is cut off later still leaves them
     local run
-    for run in run textures digits; do
+    for run in run textures digits kept-host kept-device decoded-cpu decoded-nvjpeg checkpoints; do
         [ ! -f "$scratch/$run/metrics.jsonl" ] || cp "$scratch/$run/metrics.jsonl" "$out/${run/#run/train}.jsonl"
     done
     [ -d "$scratch/rows" ] || return 0

@@ -1,5 +1,7 @@
 """Whatever files the data lie in, a run gets numbered samples, labels and a fingerprint, or one clear sentence."""
 
+import io
+import itertools
 import pickle
 
 import numpy as np
@@ -160,6 +162,19 @@ def test_unreadable_samples_are_left_out_of_the_probe(tmp_path):
     assert len(inputs) == 5 and 3 not in numbers
     with pytest.raises(BadSample):
         source.load(3, None)
+
+
+def test_the_large_textures_are_colour_jpegs_whose_spectrum_tells_their_class():
+    fy, fx = np.fft.fftfreq(256)[:, None], np.fft.fftfreq(256)[None]
+    radius, right = np.hypot(fy, fx), []
+    for sample in itertools.islice(embedded._textures224()["test"], 40):
+        image = Image.open(io.BytesIO(sample["jpg"]))
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (256, 256))
+        planes = np.asarray(image).astype(float)
+        power = sum(np.abs(np.fft.fft2(planes[..., c])) ** 2 for c in range(3)) * radius**2  # the 1/f part made flat
+        peaks = [power[np.abs(radius - 0.08 - 0.03 * label) < 0.012].max() for label in range(4)]
+        right.append(np.argmax(peaks) == sample["cls"])
+    assert np.mean(right) > 0.85
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if not preset(n).data.embedded])

@@ -94,7 +94,11 @@ def texture(label: int, size: int, rng: np.random.Generator) -> np.ndarray:
     A pair of blobs at .08 + .03 y + N(0, .006) cycles/pixel, of bandwidth .012 and any orientation, plus
     1/f noise of equal variance; cut from a periodic field of twice the size.
     """
-    field = 2 * size
+    return _cut(_field(label, 2 * size, rng), size, rng)
+
+
+def _field(label: int, field: int, rng: np.random.Generator) -> np.ndarray:
+    """The periodic field [field, field] that a texture is cut from."""
     fy, fx = np.fft.fftfreq(field)[:, None], np.fft.fftfreq(field)[None, :]
     radius, angle = 0.08 + 0.03 * label + rng.normal(0, 0.006), rng.uniform(0, np.pi)
     cy, cx = radius * np.sin(angle), radius * np.cos(angle)
@@ -105,8 +109,12 @@ def texture(label: int, size: int, rng: np.random.Generator) -> np.ndarray:
     for amplitude in (blobs, 1 / frequency):
         values = np.fft.ifft2(amplitude * np.fft.fft2(rng.normal(size=(field, field)))).real
         parts.append(values / values.std())
-    top, left = rng.integers(0, field - size + 1, 2)
-    image = (parts[0] + parts[1])[top : top + size, left : left + size]
+    return parts[0] + parts[1]
+
+
+def _cut(field: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    top, left = rng.integers(0, len(field) - size + 1, 2)
+    image = field[top : top + size, left : left + size]
     return (image - image.mean()) / image.std()
 
 
@@ -122,13 +130,18 @@ def _textures() -> Splits:
 
 
 def _textures224() -> Splits:
-    """Colour JPEGs of 256 pixels: decoding and cropping cost what photographs of that size cost."""
+    """Colour JPEGs of 256 pixels: decoding and cropping cost what photographs of that size cost.
+
+    They are cut from a few fields of each class: fields of their own would take minutes to make.
+    """
     rng = np.random.default_rng(20250903)
+    fields = [[_field(label, 512, rng) for _ in range(8)] for label in range(4)]
 
     def samples(count: int) -> Iterator[dict]:
         for i in range(count):
             label = int(rng.integers(4))
-            planes = np.stack([texture(label, 256, rng) for _ in range(2)], -1) @ rng.normal(size=(2, 3))
+            planes = np.stack([_cut(fields[label][rng.integers(8)], 256, rng) for _ in range(2)], -1)
+            planes = planes @ rng.normal(size=(2, 3))  # two textures, mixed into three colours
             buffer = io.BytesIO()
             Image.fromarray(_to_uint8(planes / planes.std())).save(buffer, "JPEG", quality=90)
             yield {"__key__": f"{i:06}", "jpg": buffer.getvalue(), "cls": label}
@@ -167,6 +180,6 @@ def _digits() -> Splits:
 SETS = {
     "sensor": Embedded(1, "a generated, synthetic sensor set (narrow-band AR(2) series, two classes)", _sensor),
     "textures": Embedded(1, "generated, synthetic textures (48 pixels, four classes)", _textures),
-    "textures224": Embedded(1, "generated, synthetic colour textures (256-pixel JPEG, four classes)", _textures224),
+    "textures224": Embedded(2, "generated, synthetic colour textures (256-pixel JPEG, four classes)", _textures224),
     "digits": Embedded(1, "scikit-learn's scanned digits (real, upscaled to 32 pixels, ten classes)", _digits),
 }
