@@ -136,10 +136,10 @@ part_masks() { # twelve runs; what is finished when time is up is in the rows
     "$PYTHON" -m benchmarks.mask_modes "${options[@]}" --runs "$scratch/masks" --out "$scratch/rows"
 }
 part_runs() { # what only whole runs show, in their metrics: series kept on the device, nvJPEG, checkpoints under way
-    local code=0 steps=200 every=50 places="host device" decoders="cpu nvjpeg"
+    local code=0 steps=200 every=50 log=10 places="host device" decoders="cpu nvjpeg"
     local big=(in1k-vitb16 --data.embedded textures224 --train.batch_size 128 --monitor.probe_train 256 --monitor.probe_test 128)
     if [ -n "$dry" ]; then
-        steps=4 every=2 places=host decoders=cpu
+        steps=4 every=2 log=1 places=host decoders=cpu
         big=(images --data.embedded textures224 --data.image_size 64 --model.width 64 --model.depth 1 --model.heads 2
             --train.batch_size 8 --train.precision fp32 --masks.min_keep 1 --monitor.probe_train 64 --monitor.probe_test 64)
     fi
@@ -149,7 +149,7 @@ part_runs() { # what only whole runs show, in their metrics: series kept on the 
     local choice
     for choice in $places; do one "kept-$choice" demo --data.keep_on "$choice"; done
     for choice in $decoders; do one "decoded-$choice" "${big[@]}" --data.decoder "$choice"; done
-    one checkpoints "${big[@]}" --checkpoint.every $every --log.every $((every / 5 + 1))
+    one checkpoints "${big[@]}" --checkpoint.every $every --log.every $log
     return $code
 }
 part_profile() {
