@@ -26,6 +26,7 @@ from jepa_fast.presets import preset
 
 COPY_REACHES = 0.90  # of the datasheet's memory rate, by a large copy: an assumption until `ceiling` rows say it
 MATMUL_REACHES = 0.80  # of the datasheet's matrix rate, likewise
+TRAINED = preset("in1k-vitb16").masks.mode  # the masks of all presets for images
 GOALS = {"B/16": 0.35, "L/16": 0.42, "H/14": 0.48}  # of the matrix rate that a large product reaches
 
 
@@ -53,7 +54,7 @@ def ema_table() -> str:
     return markdown(header, lines)
 
 
-def step_table(mode: str = "packed") -> str:
+def step_table(mode: str = TRAINED) -> str:
     lines = []
     for label, name in MODELS.items():
         ops = [op for stage in stages(name, mode).values() for op in stage]
@@ -87,7 +88,7 @@ def peer_table(mode: str = "reference") -> str:
     return markdown(header, lines)
 
 
-def goal_table(mode: str = "packed") -> str:
+def goal_table(mode: str = TRAINED) -> str:
     """The step that the project's goals for MFU mean."""
     lines = []
     for label, name in MODELS.items():
@@ -112,7 +113,7 @@ def monitor_table(gpu: str = "H100", log_every: int = 20) -> str:
     lines = []
     for label, name in MODELS.items():
         config, (encoder, _) = preset(name), parameters(name)
-        step, bandwidth = _at_goal(label, name, "packed", gpu), COPY_REACHES * GPUS[gpu][1]
+        step, bandwidth = _at_goal(label, name, TRAINED, gpu), COPY_REACHES * GPUS[gpu][1]
         ema = 12.0 * encoder / (0.92 * bandwidth)
         signals = 16 * 4.0 * BATCH * float(np.prod(config.grid)) * config.model.width / bandwidth + 1e-4
         by_hand = [
@@ -130,7 +131,7 @@ def monitor_table(gpu: str = "H100", log_every: int = 20) -> str:
 
 def model_flops_of_targets(name: str) -> float:
     """One encoder, forward, on whole images."""
-    return sum(op.flops for op in stages(name, "packed")["target encoder"])
+    return sum(op.flops for op in stages(name, TRAINED)["target encoder"])
 
 
 def feeding_table(gpu: str = "H100") -> str:
@@ -139,7 +140,7 @@ def feeding_table(gpu: str = "H100") -> str:
     lines = []
     for label, name in MODELS.items():
         for count in (1, 8):
-            demand = count * BATCH / _at_goal(label, name, "packed", gpu)
+            demand = count * BATCH / _at_goal(label, name, TRAINED, gpu)
             cores = f"{demand / rate:.0f}" if rate else "not measured"
             lines.append([f"{label}, {count}", f"{demand:,.0f}", cores, f"{110e3 * demand / 1e9:.2f}"])
     return markdown([f"model, number of {gpu}", "images/s", f"cores, {told}", "GB/s at 110 kB an image"], lines)
@@ -173,7 +174,7 @@ def token_table() -> str:
     return markdown(header, lines)
 
 
-def roofline_table(name: str = "in1k-vitb16", mode: str = "packed", gpu: str = "H100") -> str:
+def roofline_table(name: str = "in1k-vitb16", mode: str = TRAINED, gpu: str = "H100") -> str:
     """One step, operation by operation: what it does, what it moves, which of the two binds."""
     rate, bandwidth = GPUS[gpu]
     work = stages(name, mode)
@@ -192,7 +193,7 @@ def roofline_table(name: str = "in1k-vitb16", mode: str = "packed", gpu: str = "
     return markdown(["operation", "TFLOP", "GB", "FLOP/B", f"floor on {gpu}, ms", "share", "bound by"], lines)
 
 
-def residual_table(mode: str = "packed", gpu: str = "H100") -> str:
+def residual_table(mode: str = TRAINED, gpu: str = "H100") -> str:
     lines = []
     for label, name in MODELS.items():
         floors = [sum(op.seconds(gpu) for ops in stages(name, mode, r).values() for op in ops) for r in (2, 4)]
@@ -204,7 +205,7 @@ def communication_table() -> str:
     lines = []
     for label, name in MODELS.items():
         encoder, predictor = parameters(name)
-        floor = sum(op.seconds("H100") for ops in stages(name, "packed").values() for op in ops)
+        floor = sum(op.seconds("H100") for ops in stages(name, TRAINED).values() for op in ops)
         for ranks in (8, 64):
             for mode in ("ddp", "fsdp", "fsdp-keep", "hsdp"):
                 sent = communication(encoder, predictor, mode, ranks)

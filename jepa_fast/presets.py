@@ -121,7 +121,7 @@ def textures() -> Config:
         data=Data(
             kind="images", embedded="textures", image_size=48, channels=1, random_crop=False, mean=(0.5,), std=(0.18,)
         ),
-        masks=Masks(mode="packed", min_keep=4, group=64),
+        masks=Masks(mode="fixed", min_keep=4, group=64),
         model=Model(width=128, depth=3, heads=4, patch=8, predictor_width=64, predictor_depth=2),
         ema=EMA(decay=0.999, final_decay=0.999, schedule="constant"),
         optim=_constant_adamw(lr=5e-4, weight_decay=0.04),
@@ -144,7 +144,7 @@ def digits() -> Config:
         data=Data(
             kind="images", embedded="digits", image_size=32, channels=1, random_crop=False, mean=(0.31,), std=(0.32,)
         ),
-        masks=Masks(mode="packed", min_keep=4, group=64),
+        masks=Masks(mode="fixed", min_keep=4, group=64),
         model=Model(width=128, depth=2, heads=4, patch=4, predictor_width=64, predictor_depth=2),
         ema=EMA(decay=0.999, final_decay=0.999, schedule="constant"),
         optim=_constant_adamw(lr=5e-4, weight_decay=0.04),
@@ -208,11 +208,14 @@ def _i_jepa(
     name: str, hint: str, *, width: int, depth: int, heads: int, patch: int, predictor_depth: int, batch_size: int = 2048,
     epochs: float = 300, warmup_epochs: float = 40, start_lr: float = 2e-4, image_size: int = 224, min_keep: int = 10,
 ) -> Config:  # fmt: skip
-    """facebookresearch/ijepa's configuration, with our `packed` masks; `--masks.mode reference` for its own."""
+    """facebookresearch/ijepa's configuration; its masks reach the last row and column too (`fixed`).
+
+    `--masks.mode reference` gives its own masks; docs/performance.md has what the modes made of the same work.
+    """
     return Config(
         preset=name,
         data=Data(kind="images", image_size=image_size, hint=hint, workers=8),
-        masks=Masks(mode="packed", min_keep=min_keep),
+        masks=Masks(mode="fixed", min_keep=min_keep),
         model=Model(
             width=width, depth=depth, heads=heads, patch=patch, predictor_width=384, predictor_depth=predictor_depth
         ),
