@@ -22,6 +22,7 @@ RUNS = {  # name: what to give to python -m jepa_fast.train
     "recovery": "demo --train.steps 1400",
     "no-dip": f"demo --train.steps 1200 --train.seed 1 {NARROW} --model.init_std 0.04 --ema.decay 0.99 --ema.final_decay 0.99 {FAST}",
     "slow-target": f"demo --train.steps 800 --train.seed 2 {NARROW} --ema.decay 0.9999 --ema.final_decay 0.9999",
+    "textures": "textures",
 }
 KEYS = (
     "step",
