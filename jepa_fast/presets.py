@@ -113,7 +113,7 @@ def textures() -> Config:
     """I-JEPA on generated 48-pixel textures: the phase on images, in minutes on two CPU cores.
 
     Source: our prototype (generated data, labelled so): width 128, depth 3, 36 tokens, smooth-L1 on
-    layer-normed targets, AdamW 5e-4 without warm-up, constant decay .999.
+    layer-normed targets, AdamW 5e-4 without warm-up, constant decay .999. docs/reading-a-loss-curve.md shows a whole run.
     Command: python -m jepa_fast.train textures
     """
     return Config(
@@ -135,9 +135,9 @@ def textures() -> Config:
 def digits() -> Config:
     """I-JEPA on scikit-learn's 1,797 scanned digits, upscaled to 32 pixels (64 tokens): real images, nothing to download.
 
-    Source: the recipe of `textures`; sizes are ours. An untrained encoder already probes well on digits, so expect a dip
-    of the context encoder's probe only, and a small gain. At decay .996 it collapsed and had not recovered by step 1,500.
-    Cost: 5 to 8 minutes on two CPU cores. Command: python -m jepa_fast.train digits
+    Source: the recipe of `textures`; sizes are ours. An untrained encoder already probes well on digits, so dip and gain
+    are small. Seen once, seed 0: loss minimum at step 750, probes below the untrained encoder's from 1,200, above it from
+    2,700 (context encoder: .90, .81 at 1,700, .94 at 2,800). Command: python -m jepa_fast.train digits
     """
     return Config(
         preset="digits",
@@ -148,9 +148,9 @@ def digits() -> Config:
         model=Model(width=128, depth=2, heads=4, patch=4, predictor_width=64, predictor_depth=2),
         ema=EMA(decay=0.999, final_decay=0.999, schedule="constant"),
         optim=_constant_adamw(lr=5e-4, weight_decay=0.04),
-        train=Train(steps=1500, batch_size=64),
+        train=Train(steps=3000, batch_size=64),
         monitor=Monitor(every=100, probe_train=1000, probe_test=360),
-        checkpoint=Checkpoint(every=500),
+        checkpoint=Checkpoint(every=1000),
         log=Log(every=10),
     )
 
