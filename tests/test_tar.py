@@ -1,5 +1,6 @@
 """Headers of tar files, as every writer writes them, and where files break off."""
 
+import gzip
 import io
 import os
 import tarfile
@@ -113,6 +114,34 @@ def test_what_is_no_tar_is_damage_from_the_start(tmp_path, content):
     (tmp_path / "x.tar").write_bytes(content)
     found, damage = scan(tmp_path / "x.tar")
     assert not found and damage is not None
+
+
+def test_what_comes_after_members_with_holes_is_found(tmp_path):
+    """As `tar --sparse` writes them: in the old format the map of many holes stands between header and data."""
+    info = tarfile.TarInfo("holes.npy")
+    info.size, info.type = 700, tarfile.GNUTYPE_SPARSE
+    head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    head[482] = 1  # the map goes on in further blocks, and the last of them says so
+    maps = bytearray(1024)
+    maps[504] = 1
+    after = tarfile.TarInfo("after.jpg")
+    pax = tarfile.TarInfo("GNUSparseFile.1/more.npy")
+    pax.size = 512
+    pax.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.name": "more.npy", "GNU.sparse.realsize": "9999"}
+    blocks = bytes(head) + maps + bytes(1024) + pax.tobuf(tarfile.PAX_FORMAT) + bytes(512) + after.tobuf()
+    (tmp_path / "x.tar").write_bytes(blocks + bytes(1024))
+    found, damage = scan(tmp_path / "x.tar")
+    assert damage is None and [(m.name, m.size) for m in found] == [
+        (b"holes.npy", 0),
+        (b"more.npy", 0),
+        (b"after.jpg", 0),
+    ]
+
+
+def test_a_compressed_tar_is_named_so(tmp_path):
+    write(tmp_path / "x.tar")
+    (tmp_path / "y.tar").write_bytes(gzip.compress((tmp_path / "x.tar").read_bytes()))
+    assert "compressed (gzip)" in str(scan(tmp_path / "y.tar")[1])
 
 
 def test_garbage_in_the_middle_ends_the_scan_there(tmp_path):

@@ -2,7 +2,7 @@
 
 In: an open file. Out: its regular members (name, where the data begin, size), up to the end or to the first damage.
 Knows what GNU tar, Python and WebDataset write: ustar with prefix, GNU long names and base-256 sizes, pax headers,
-and the headers of Unix V7.
+the headers of Unix V7, and how to get past a member that is stored with holes (tar --sparse).
 """
 
 import os
@@ -14,6 +14,8 @@ SMALL, LARGE = 4096, 1 << 20  # bytes of one read: among large payloads, and amo
 ZEROS = bytes(BLOCK)
 REGULAR = b"\x0007"
 LONG_NAME, PAX = ord("L"), ord("x")
+SPARSE = ord("S")
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 ABOUT_NEXT = b"LKxg"  # headers that describe what follows; K is a link's target, g what holds for all
 
 
@@ -29,7 +31,7 @@ class Member(NamedTuple):
     name: bytes
     begin: int  # byte of its first header
     data: int  # byte of its first data
-    size: int
+    size: int  # 0: also of one that is stored with holes
 
 
 class Window:
@@ -55,8 +57,12 @@ def members(window: Window) -> Iterator[Member]:
     at, begin, size = 0, 0, window.size
     long_name: bytes | None = None
     long_size: int | None = None
+    sparse = False
     if size == 0:
         raise TarDamage("is empty (0 bytes)")
+    packed = next((name for magic, name in COMPRESSED.items() if window.get(0, 8).startswith(magic)), "")
+    if packed:
+        raise TarDamage(f"is compressed ({packed}) and has to be unpacked")
     while True:
         header = window.get(at, BLOCK)
         if len(header) < BLOCK:
@@ -70,6 +76,8 @@ def members(window: Window) -> Iterator[Member]:
         if header[257:262] != b"ustar":
             _check_sum(header, at)
         data, kind = at + BLOCK, header[156]
+        if kind == SPARSE:
+            data = _behind_the_map(window, header, data)
         about_next = kind in ABOUT_NEXT
         length = _number(header[124:136], at) if long_size is None or about_next else long_size
         if data + length > size:
@@ -86,17 +94,33 @@ def members(window: Window) -> Iterator[Member]:
             held = _pax(window.get(data, length), data)
             long_name = held.get(b"path", long_name)
             long_size = _decimal(held[b"size"], data) if b"size" in held else None
+            sparse = b"GNU.sparse.name" in held
+            long_name = held.get(b"GNU.sparse.name", long_name)
         elif not about_next:
-            if kind in REGULAR:
+            if sparse or kind == SPARSE:
+                yield Member(long_name or _name(header), begin, data, 0)
+            elif kind in REGULAR:
                 yield Member(long_name or _name(header), begin, data, length)
-            begin, long_name, long_size = at, None, None
+            begin, long_name, long_size, sparse = at, None, None, False
+
+
+def _behind_the_map(window: Window, header: bytes, at: int) -> int:
+    """Where the data of a member with holes begin: behind the blocks that say where the holes are."""
+    more = header[482]
+    while more:
+        block = window.get(at, BLOCK)
+        more, at = len(block) == BLOCK and block[504], at + BLOCK
+    return at
 
 
 def _check_sum(header: bytes, at: int) -> None:
     """V7 headers have no magic word: they are known by their sum."""
-    told = _number(header[148:156], at)
+    try:
+        told = _number(header[148:156], at)
+    except TarDamage:
+        told = -1
     if sum(header) - sum(header[148:156]) + 8 * 32 != told or not header[0]:
-        raise TarDamage("is not a tar file" if at == 0 else f"holds something else than a tar header at byte {at}")
+        raise TarDamage(f"holds something else than a tar header at byte {at}" if at else "is not a tar file")
 
 
 def _name(header: bytes) -> bytes:
@@ -113,9 +137,7 @@ def _number(field: bytes, at: int) -> int:
     try:
         return int(field.rstrip(b" \0") or b"0", 8)
     except ValueError:
-        raise TarDamage(
-            "is not a tar file" if at == 0 else f"is damaged: {field!r} is no number, at byte {at}"
-        ) from None
+        raise TarDamage(f"is damaged: {field!r} is no number, at byte {at}") from None
 
 
 def _decimal(text: bytes, at: int) -> int:
