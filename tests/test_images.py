@@ -89,6 +89,23 @@ def test_rubbish_is_a_bad_sample_with_its_reason(data, kind):
     assert raised.value.kind == kind and "\n" not in str(raised.value)
 
 
+def test_a_picture_that_libjpeg_calls_corrupt_is_not_used_and_padding_is_no_damage():
+    whole = encoded(photograph(120, 160), "JPEG", quality=92)
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(20):
+        data = bytearray(whole)
+        data[len(data) // 2 : len(data) // 2 + 20] = rng.bytes(20)
+        try:
+            decode(bytes(data), 3)
+        except BadSample as error:
+            assert error.kind == "undecodable"
+            refused += 1
+    assert refused >= 18, "Pillow shows them all, with smears"
+    np.testing.assert_array_equal(decode(whole[:-2] + bytes(40) + whole[-2:], 3)[0], decode(whole, 3)[0])
+    with pytest.raises(BadSample, match="extraneous bytes"):
+        decode(whole[:-2] + b"ab" * 20 + whole[-2:], 3)
+
+
 def png_of(width, height):
     """A PNG that says it has so many pixels, in a few bytes."""
 

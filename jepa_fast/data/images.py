@@ -7,6 +7,7 @@ the tests. Normalisation happens on the device, on what arrives as uint8: a quar
 
 import io
 import math
+import re
 import threading
 
 import numpy as np
@@ -26,8 +27,9 @@ _kept = threading.local()
 def decode(data: bytes, channels: int, reuse: bool = False) -> tuple[np.ndarray, bool]:
     """(uint8 [H, W, 3], or [H, W, 1] for one channel; whether Pillow decoded it). Raises BadSample.
 
-    With `reuse` the pixels are this thread's until it decodes again. Pillow takes what is no JPEG, and the JPEGs that simplejpeg refuses: CMYK, and a damaged one that Pillow may still
-    read. EXIF orientation is ignored, as ImageNet's usual pipelines do.
+    With `reuse` the pixels are this thread's until it decodes again. Pillow takes what is no JPEG, CMYK, and the JPEGs
+    that libjpeg-turbo refuses for other reasons than damage in the picture: Pillow would show such damage as grey or as
+    smears and say nothing. EXIF orientation is ignored, as ImageNet's usual pipelines do.
     """
     if not data:
         raise BadSample("is empty (0 bytes)", "empty")
@@ -36,8 +38,9 @@ def decode(data: bytes, channels: int, reuse: bool = False) -> tuple[np.ndarray,
         try:
             buffer = _memory(shape[0] * shape[1] * channels) if reuse else None
             return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", buffer=buffer), False
-        except ValueError:
-            pass
+        except ValueError as error:
+            if _damaged(str(error), data):
+                raise BadSample(f"not a readable image ({error})", "undecodable") from None
     try:
         with Image.open(io.BytesIO(data)) as image:
             _refuse_bomb(*image.size)
@@ -64,6 +67,15 @@ def plain_jpeg(data: bytes) -> tuple[int, int] | None:
         return None
     _refuse_bomb(width, height)
     return None if colours in ("CMYK", "YCCK") else (height, width)  # Pillow's conversion of inks is the reference
+
+
+def _damaged(error: str, data: bytes) -> bool:
+    """Whether libjpeg found the coded picture corrupt; zeros that pad it before its end mark are no damage."""
+    if not error.startswith("Corrupt JPEG data"):
+        return False
+    extra = re.match(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9", error)
+    end = data.rfind(b"\xff\xd9")
+    return extra is None or any(data[max(0, end - int(extra[1])) : end])
 
 
 def _memory(size: int) -> np.ndarray | None:
