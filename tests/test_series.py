@@ -66,7 +66,7 @@ def test_training_and_test_files_find_each_other(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "text", "says"), [
-    ("a.tsv", "1\t2\tx\n1\t2\t3\n1\tz\t3\n", "line 2: could not convert string to float: 'z'"),
+    ("a.tsv", "1\t2\tx\n1\t2\t3\n1\tz\t3\n", "line 3: could not convert string to float: 'z'"),
     ("b.tsv", "1\t2\t3\n1\t2\n", "series of unequal length: series 1 has 2 values, series 2 has 1"),
     ("c.tsv", "", "holds no series"),
     ("d.tsv", "1\t2\tNaN\n", "series 1 of 1 holds a missing or infinite value"),
@@ -80,6 +80,39 @@ def test_what_is_wrong_is_said_with_the_place(tmp_path, name, text, says):
     with pytest.raises(UsageError) as raised:
         series.load(tmp_path / name)
     assert says in str(raised.value) and name in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_series_may_have_no_label_and_a_place_is_told_by_the_lines_of_the_file(tmp_path):
+    file = tmp_path / "a.tsv"
+    file.write_text("1\t2\t3\n\n?\t2\t3\r\n\t2\t4\nnan\t2\t4\n1.0\t5\t6\n")
+    assert series.load(file).labels.tolist() == ["1", "", "", "", "1"]
+    file.write_text("1\t2\t3\n\n1\tz\t3\n")
+    with pytest.raises(UsageError, match="line 3: could not convert"):
+        series.load(file)
+    file.write_text("1,2,3\n")
+    with pytest.raises(UsageError, match="line 1: no tab in it"):
+        series.load(file)
+
+
+def test_pt_may_hold_arrays_and_lists(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(4, 2, 9)), np.array([0, 1, 0, 1])
+    for samples, labels in ((x, y), (list(torch.from_numpy(x)), y.tolist()), (x.astype(np.float32), ["0", "1"] * 2)):
+        torch.save({"samples": samples, "labels": labels}, tmp_path / "a.pt")
+        held = series.load(tmp_path / "a.pt")
+        np.testing.assert_allclose(held.samples, x.astype(np.float32))
+        assert held.labels.tolist() == ["0", "1", "0", "1"]
+    torch.save({"samples": [torch.zeros(5), torch.zeros(4)]}, tmp_path / "a.pt")
+    with pytest.raises(UsageError, match="unequal length: series 1 has 5 values, series 2 has 4"):
+        series.load(tmp_path / "a.pt")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("how", ["per_series", "train", "none"])
+def test_infinite_values_spoil_their_own_series_only(tmp_path, how):
+    (tmp_path / "a.tsv").write_text("1\t1\t2\t4\n1\t1\tinf\t4\n2\t1\t1e300\t4\n2\t3\t2\t1\n")
+    held = series.load(tmp_path / "a.tsv").samples
+    whole = np.isfinite(series.normalise(held, how, held)).all((1, 2))
+    assert whole.tolist() == [True, False, False, True]
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):

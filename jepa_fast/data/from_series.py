@@ -23,6 +23,7 @@ def open_series(path: str, data: Data) -> Parts:
         )
     named = [part.labels for part in held.values() if part.labels is not None]
     classes = np.unique(np.concatenate(named)) if len(named) == len(held) else None
+    classes = None if classes is None else classes[classes != ""]
     reference = next(iter(held.values())).samples
     sources: list[Source] = []
     contents: dict[str, str] = {}
@@ -30,7 +31,7 @@ def open_series(path: str, data: Data) -> Parts:
         samples = np.ascontiguousarray(series.normalise(part.samples, data.series_norm, reference), dtype=np.float32)
         labels = None
         if classes is not None and part.labels is not None:
-            labels = np.searchsorted(classes, part.labels).astype(np.int64)
+            labels = np.where(part.labels == "", -1, np.searchsorted(classes, part.labels)).astype(np.int64)
         sources.append(SeriesSource(samples.__getitem__, partial(_key, name, part.keys), len(samples), labels))
         told = digest(np.ascontiguousarray(part.samples).tobytes(), b"" if labels is None else labels.tobytes())
         contents[name] = f"{len(samples)} series {told}"

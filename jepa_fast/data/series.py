@@ -1,8 +1,11 @@
 """Time series from the files people have: UCR .tsv, .ts, .pt, .npy, .csv. Out: float32 [n, C, L] and labels."""
 
+import math
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,12 +13,17 @@ import torch
 from jepa_fast.errors import UsageError
 
 SUFFIXES = (".tsv", ".ts", ".pt", ".npy", ".csv")
+SAVED = "torch.save({'samples': x, 'labels': y}, file)"
+NUMPY: list[Any] = [  # what arrays are pickled as
+    np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "fdehilqBHILQ?"},
+    *((np.zeros(0).__reduce__()[0], f"numpy.{name}.multiarray._reconstruct") for name in ("core", "_core")),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SeriesFile:
     samples: np.ndarray  # float32 [n, C, L]
-    labels: np.ndarray | None  # str [n], as the file writes them
+    labels: np.ndarray | None  # str [n], as the file writes them; '' of a series without one
     keys: list[str] | None = None  # where each lies, if not all in one file
 
 
@@ -76,12 +84,13 @@ def normalise(samples: np.ndarray, how: str, train: np.ndarray) -> np.ndarray:
     """
     if how == "none":
         return samples
-    if how == "train":
-        whole = train[np.isfinite(train).all((1, 2))]
-        mean, std = (f((0, 2), dtype=np.float64)[None, :, None] for f in (whole.mean, whole.std))
-    else:
-        mean, std = samples.mean(2, keepdims=True, dtype=np.float64), samples.std(2, keepdims=True, dtype=np.float64)
-    return ((samples - mean) / np.maximum(std, 1e-8)).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # of infinite values: their series are not used
+        if how == "train":
+            whole = train[np.isfinite(train).all((1, 2))]
+            mean, std = (f((0, 2), dtype=np.float64)[None, :, None] for f in (whole.mean, whole.std))
+        else:
+            mean, std = (f(2, keepdims=True, dtype=np.float64) for f in (samples.mean, samples.std))
+        return ((samples - mean) / np.maximum(std, 1e-8)).astype(np.float32)
 
 
 def _read_tsv(file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -94,12 +103,15 @@ def _read_csv(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _table(file: Path, separator: str) -> tuple[np.ndarray, np.ndarray]:
-    lines = [line for line in file.read_text().splitlines() if line.strip()]
-    if lines and _is_header(lines[0], separator):
+    lines = [(number, line) for number, line in enumerate(file.read_text().splitlines(), start=1) if line.strip()]
+    if lines and _is_header(lines[0][1], separator):
         lines = lines[1:]
     labels, rows = [], []
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines:
         label, *values = line.split(separator)
+        if not values:
+            name = {"\t": "tab", ",": "comma"}[separator]
+            raise UsageError(f"{file}, line {number}: no {name} in it; a {file.suffix} has the label, then the values")
         labels.append(_tidy(label))
         rows.append(_numbers(values, file, number))
     return _stack(rows, file)[:, None], np.array(labels, dtype=str)
@@ -122,7 +134,7 @@ def _read_ts(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
             continue
         if line.startswith("@"):
             if line.lower().startswith(("@classlabel", "@targetlabel")):
-                labelled = line.split()[1].lower() == "true"
+                labelled = line.lower().split()[1:2] == ["true"]
             begun = begun or line.lower().startswith("@data")
             continue
         if not begun:
@@ -138,14 +150,20 @@ def _read_ts(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 def _read_pt(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """A dict of samples [n, L] or [n, C, L] and, possibly, labels [n]."""
-    held = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(held, dict) or "samples" not in held:
+    try:
+        with torch.serialization.safe_globals(NUMPY):
+            held = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
         raise UsageError(
-            f"{file} holds no dict with 'samples' (and 'labels'); save it as torch.save({{'samples': x, 'labels': y}}, file)"
-        )
-    labels = held.get("labels")
-    named = None if labels is None else np.array([_tidy(str(v)) for v in torch.as_tensor(labels).flatten().tolist()])
-    return _three_axes(torch.as_tensor(held["samples"]).float().numpy(), file), named
+            f"{file} cannot be read: more than tensors and arrays is in it, or it is damaged; save it as {SAVED}, or copy it again"
+        ) from None
+    if not isinstance(held, dict) or "samples" not in held:
+        raise UsageError(f"{file} holds no dict with 'samples' (and 'labels'); save it as {SAVED}")
+    samples, labels = held["samples"], held.get("labels")
+    if isinstance(samples, (list, tuple)):
+        samples = _stack([np.asarray(one, dtype=np.float32) for one in samples], file)
+    named = None if labels is None else np.array([_tidy(str(label)) for label in np.asarray(labels).ravel().tolist()])
+    return _three_axes(np.asarray(samples).astype(np.float32), file), named
 
 
 def _read_npy(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -165,9 +183,11 @@ def _three_axes(samples: np.ndarray, file: Path) -> np.ndarray:
 
 def _numbers(values: list[str], file: Path, line: int) -> np.ndarray:
     try:
-        return np.array([float(v) if v.strip() not in ("", "?") else np.nan for v in values], dtype=np.float32)
+        numbers = np.array([float(v) if v.strip() not in ("", "?") else np.nan for v in values])
     except ValueError as error:
         raise UsageError(f"{file}, line {line}: {error}; a series is numbers only") from None
+    with np.errstate(over="ignore"):  # infinite in float32: a series that cannot be used
+        return numbers.astype(np.float32)
 
 
 def _stack(rows: list[np.ndarray], file: Path) -> np.ndarray:
@@ -184,10 +204,12 @@ def _shape(row: np.ndarray) -> str:
 
 
 def _tidy(label: str) -> str:
-    """'1.0', '1' and ' 1' are one class."""
+    """'1.0', '1' and ' 1' are one class; '', '?' and 'nan' are none: ''."""
     label = label.strip()
     try:
         number = float(label)
     except ValueError:
-        return label
+        return "" if label == "?" else label
+    if math.isnan(number):
+        return ""
     return str(int(number)) if number.is_integer() else label
