@@ -158,17 +158,20 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _examination(config: Config, dataset: Dataset, jepa: JEPA, world: World, choice: Choice) -> Examination:
-    """The fixed inputs live on the main process, or on all where only all together can run an encoder."""
+    """The fixed inputs live on the main process, or on all where only all together can run an encoder.
+
+    Those that cannot be read are added to what the dataset has lost."""
     probe_set, inputs = None, torch.empty(0)
     if world.is_main or choice.sharded:
         if dataset.probe_train is not None and dataset.probe_test is not None:
             m = config.monitor
             probe_set = probes.collect(
-                dataset.probe_train, dataset.probe_test, dataset.num_classes, m.probe_train, m.probe_test
+                dataset.probe_train, dataset.probe_test, dataset.num_classes, m.probe_train, m.probe_test, dataset.lost
             )
             inputs = probe_set.test
         else:
-            inputs = torch.from_numpy(fixed_draw(dataset.train, max(FULL_INPUTS, config.monitor.probe_train))[0])
+            count = max(FULL_INPUTS, config.monitor.probe_train)
+            inputs = torch.from_numpy(fixed_draw(dataset.train, count, dataset.lost)[0])
     return Examination(
         jepa.context_encoder, jepa.target_encoder, inputs, probe_set=probe_set, views=FixedMasks(config),
         config=config.monitor, device=world.device, everywhere=choice.sharded,

@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -15,9 +15,9 @@ from jepa_fast import checkpoint, optim, parallel, report, survive
 from jepa_fast.clock import Clock
 from jepa_fast.config import Config, to_json
 from jepa_fast.data.dataset import Dataset
-from jepa_fast.data.health import Bad
 from jepa_fast.data.loader import Loader
 from jepa_fast.data.packing import MaskPlan
+from jepa_fast.data.sources import Bad
 from jepa_fast.ema import TargetEMA
 from jepa_fast.errors import UsageError
 from jepa_fast.log import Progress, RunLog
@@ -158,6 +158,8 @@ def watched(run: Run) -> Iterator[None]:
         yield
         run.writer.finish()
     except (Exception, KeyboardInterrupt) as error:
+        with suppress(UsageError):  # what ended the run may be among them
+            tell_of_data(run, run.clock.step, run.loader.bad)
         if not isinstance(error, UsageError):
             survive.note_error(run.folder, run.world, run.clock, error)
         survive.end_if_alone(error, run.world, f"{run.clock.phase_now} of step {run.clock.step}")

@@ -234,6 +234,24 @@ def test_a_name_that_leads_out_of_the_folder_stays_inside(tmp_path):
         assert tar.getnames() == ["evil.jpg"]
 
 
+def test_members_of_nobody_and_dotted_names_pass_through(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a.v1.jpg", "a.v1.cls", "README", ".hidden.jpg", "b.jpg", "b.cls"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"1"))
+    (tmp_path / "classes").write_text("1")
+    assert go(tmp_path / "x.tar", tmp_path / "out", "--label-filter", tmp_path / "classes", "--keep-order") == 0
+    with tarfile.open(tmp_path / "out" / "out-train-0000.tar") as tar:
+        assert tar.getnames() == ["a.cls", "a.v1.jpg", "b.cls", "b.jpg"]
+
+
+@pytest.mark.parametrize("verb", ["--verify", "--stats"])
+def test_nothing_to_look_at_is_an_error(tmp_path, capsys, verb):
+    assert go(verb, tmp_path) == 2
+    assert "holds no shard (.tar)" in capsys.readouterr().err
+
+
 def test_verify_names_every_bad_sample_and_stats_describe(tmp_path, images, capsys):
     go(images, tmp_path / "out", "--samples-per-shard", 4, "--name", "x")
     assert go("--verify", tmp_path / "out") == 0

@@ -118,6 +118,26 @@ def test_past_the_share_it_stops_with_one_line(tmp_path, capsys):
     assert not Path("y").exists()
 
 
+def test_what_the_probe_cannot_read_is_counted_too(tmp_path, capsys):
+    def samples(start):
+        for i in range(start, start + 30):
+            yield sample(i, **({"jpg": b""} if i % 10 == 7 else {}))
+
+    folder = write_shards(tmp_path / "d", {"train": samples(0), "test": samples(100)}, "s", 30)
+    assert go(folder, "--data.max_bad_share", "0.1", "--monitor.probe_test", "30") == 0
+    keys = {e["key"] for e in bad_events()}
+    assert keys == {
+        f"s-{split}-0000.tar:{i:04}" for split, b in (("train", 0), ("test", 100)) for i in (b + 7, b + 17, b + 27)
+    }
+    assert "samples left out: 6 (6 empty)" in capsys.readouterr().out
+
+
+def test_a_run_that_ends_for_bad_samples_names_them_all(tmp_path):
+    folder = write_shards(tmp_path / "d", {"train": (sample(i, jpg=b"") if i < 5 else sample(i) for i in range(60)), "test": (sample(i) for i in range(12))}, "s", 60)  # fmt: skip
+    assert go(folder, "--log.every", "100") == 2
+    assert len(bad_events()) >= 3
+
+
 def test_a_shard_that_disappears_under_a_run(tmp_path, monkeypatch):
     folder = write_shards(tmp_path / "d", {"train": (sample(i) for i in range(60))}, "s", 20)
     real = train.show

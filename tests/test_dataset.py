@@ -228,6 +228,43 @@ def test_an_image_that_cannot_be_read_is_a_bad_sample(tmp_path):
         assert raised.value.kind == kind
 
 
+def test_a_class_is_what_occurs_whatever_its_number(tmp_path):
+    def samples():
+        for i in range(30):
+            image = io.BytesIO()
+            Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(image, "PNG")
+            yield {"__key__": f"{i:03}", "png": image.getvalue(), "cls": (7, 2**31 - 1)[i % 2]}
+
+    data = open_dataset(small_images(write_shards(tmp_path / "d", {"train": samples()}, "s")))
+    assert data.num_classes == 2 and set(data.probe_train.labels) == {0, 1} == set(data.probe_test.labels)
+    for source in (data.probe_train, data.probe_test):
+        assert all(source.labels[i] == int(source.key(i).rpartition(":")[2]) % 2 for i in range(len(source)))
+
+
+def test_shards_that_nobody_can_count_are_refused_past_their_share(tmp_path):
+    def opened(damaged):
+        made = ({"__key__": f"{i}", "npy": np.zeros((1, 20), np.float32)} for i in range(12))
+        folder = write_shards(tmp_path / f"{damaged}", {"train": made}, "s", 1)
+        (folder / "_info.json").unlink()
+        for shard in sorted(folder.glob("*.tar"))[:damaged]:
+            shard.write_bytes(b"")
+        return open_dataset(replace(preset("series"), {"data.path": str(folder), "data.channels": 1}))
+
+    assert len(opened(2).lost) == 2
+    with pytest.raises(
+        UsageError, match=r"3 of 12 shards are damaged, more .* 0.01; the first: s-train-0000.tar is empty"
+    ):
+        opened(3)
+
+
+def test_a_link_that_leads_nowhere_is_a_bad_sample(tmp_path):
+    write_images(tmp_path / "x", 3)
+    (tmp_path / "x" / "9.png").symlink_to(tmp_path / "gone.png")
+    source = open_dataset(small_images(tmp_path / "x")).train
+    with pytest.raises(BadSample, match="no longer there"):
+        source.load(3, None)
+
+
 def test_what_changed_is_named_by_class_folder(tmp_path):
     from jepa_fast.data.parts import changes
 

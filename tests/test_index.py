@@ -81,6 +81,28 @@ def test_a_sample_has_one_payload_the_first(tmp_path):
     assert len(held) == 1 and held.rows["length"][0] == 1
 
 
+def test_a_payload_may_have_a_dotted_extension_if_no_plain_one_is_there(tmp_path):
+    held = index(
+        write(
+            tmp_path / "x.tar",
+            ("a.v1.jpg", b"A"),
+            ("a.cls", b"1"),
+            ("b.depth.png", b"BBB"),
+            ("b.jpg", b"BB"),
+            ("b.cls", b"2"),
+            ("c.1.jpg", b"C"),
+            ("c.2.jpg", b"CC"),
+        )
+    )
+    assert keys(held) == ["a", "b", "c"] and labels(held) == [1, 2, NO_LABEL]
+    assert held.rows["length"].tolist() == [1, 2, 1] and held.beside == 2
+
+
+def test_hidden_files_are_no_samples(tmp_path):
+    held = index(write(tmp_path / "x.tar", ("d/._a.jpg", b"mac"), ("d/a.jpg", b"A"), (".DS_Store", b"x"), ("a", b"")))
+    assert keys(held) == ["d/a"] and not held.lost and not held.beside
+
+
 def test_half_samples_are_named(tmp_path):
     held = index(
         write(
@@ -89,7 +111,7 @@ def test_half_samples_are_named(tmp_path):
             ("a.cls", b"1"),
             ("b.jpg", b"B"),
             ("c.cls", b"2"),
-            ("d.gif", b"D"),
+            ("d.txt", b"D"),
             ("d.cls", b"0"),
         )
     )

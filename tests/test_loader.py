@@ -157,7 +157,7 @@ def test_killed_at_random_and_going_on_with_fewer_processes_every_sample_comes_o
 
 
 def test_sets_are_mixed_by_weight_and_kept_apart():
-    source = Joined([Noise(50), Noise(20, bad=[3])])
+    source = Joined([Noise(50), Noise(20, bad=[3])], ["a", "b"])
     changes = {"data.weights": (3.0, 1.0), "data.max_bad_share": 0.1, "train.batch_size": 16}
     got = batches(stop=40, source=source, **changes)
     numbers = np.concatenate([b.samples for b in got])

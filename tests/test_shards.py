@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -122,6 +123,41 @@ def test_a_shard_that_changes_under_a_run_is_a_bad_sample_not_a_crash(folder):
     files[2].write_bytes(files[2].read_bytes()[:2000])
     with pytest.raises(BadSample, match="changed after it was indexed"):
         held.read(24)
+
+
+def test_a_shard_that_was_only_touched_or_lost_its_end_gives_what_it_still_holds(folder):
+    held = Shards(find(str(folder))["train"].files)
+    expected = [held.read(i) for i in range(25)]
+    first, second, third = held.files
+    os.utime(first)
+    second.write_bytes(second.read_bytes())  # the same bytes, written again where they are
+    os.truncate(third, int(held.indexes[2].rows["begin"][3]) + 100)
+    assert [held.read(i) for i in range(23)] == expected[:23]
+    for sample in (23, 24):
+        with pytest.raises(BadSample, match="changed after it was indexed") as raised:
+            held.read(sample)
+        assert raised.value.kind == "shard_changed"
+
+
+def test_a_shard_overwritten_under_a_run_is_not_taken_for_what_it_was(folder, tmp_path):
+    held = Shards(find(str(folder))["train"].files)
+    held.read(0)  # its file is open
+    held.files[0].write_bytes(held.files[1].read_bytes())
+    for sample in range(10):
+        with pytest.raises(BadSample, match="changed"):
+            held.read(sample)
+    assert held.read(10)
+
+
+def test_every_sample_has_a_name_of_its_own(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a.jpg", "b.jpg", "a.jpg"):
+            tar.addfile(tarfile.TarInfo(name))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes())
+    held = Shards([tmp_path / "x.tar", tmp_path / "deep" / "x.tar"])
+    names = [held.key(i) for i in range(len(held))]
+    assert len(set(names)) == 6 and names[1] == "x.tar:b" and names[4] == "deep/x.tar:b"
 
 
 def test_missing_and_empty_shards_are_refused_by_name(folder, tmp_path):

@@ -14,10 +14,10 @@ from jepa_fast.config import Config, Data
 from jepa_fast.data import cifar, embedded, finding, folders, series, series_folder
 from jepa_fast.data.from_series import open_series
 from jepa_fast.data.from_shards import open_shards, open_stream
-from jepa_fast.data.health import TRUSTED, Bad
+from jepa_fast.data.health import TRUSTED
 from jepa_fast.data.parts import Parts, digest
 from jepa_fast.data.shards import BadSample
-from jepa_fast.data.sources import ImageSource, Joined, Source, Subset, evaluated
+from jepa_fast.data.sources import Bad, ImageSource, Joined, Source, Subset, evaluated
 from jepa_fast.errors import UsageError
 
 HELD_OUT = 5000  # at most, of a set without a test split
@@ -32,7 +32,7 @@ class Dataset:
     shape: tuple[int, ...]  # of a sample as loaded
     description: str
     contents: dict[str, str]  # what the samples come from -> what is in it
-    lost: list[Bad] = field(default_factory=list)  # samples that could not even be opened
+    lost: list[Bad] = field(default_factory=list)  # samples known not to be readable, before any is trained on
     notes: list[str] = field(default_factory=list)  # what else a user should know
 
     @property
@@ -87,9 +87,9 @@ def _join(found: list[str], parts: list[Parts], data: Data) -> Parts:
         for name, what in part.contents.items()
     }
     contents["--data.weights"] = repr(data.weights)
-    lost = [entry for part in parts for entry in part.lost]
+    lost = [(f"{entry}: {where}", why) for entry, part in zip(found, parts, strict=True) for where, why in part.lost]
     notes = [note for part in parts for note in part.notes] + [f"the probe looks at {found[0]} alone"]
-    return Parts(Joined([part.train for part in parts]), None, contents, lost, notes, probe=parts[0])
+    return Parts(Joined([part.train for part in parts], found), None, contents, lost, notes, probe=parts[0])
 
 
 def _assemble(parts: Parts, data: Data, origin: str) -> Dataset:
@@ -103,8 +103,7 @@ def _assemble(parts: Parts, data: Data, origin: str) -> Dataset:
     train, held_in, held_out, said = _probe(parts)
     num_classes, counted = 0, f"{len(train)} samples, {said}"
     if held_in is not None and held_out is not None:
-        assert held_in.labels is not None and held_out.labels is not None
-        num_classes = int(max(held_in.labels.max(), held_out.labels.max())) + 1
+        num_classes, held_in, held_out = _numbered(held_in, held_out)
         counted = f"{len(train)} training and {len(held_out)} test samples, {num_classes} classes{said}"
     told = f"{origin}: {counted}" + (f"; {len(lost)} lost" if lost else "")
     return Dataset(train, held_in, held_out, num_classes, _shape(train), told, parts.contents, lost, parts.notes)
@@ -119,9 +118,10 @@ def _probe(parts: Parts) -> tuple[Source, Source | None, Source | None, str]:
     if fixed.labels is None or (test is not None and test.labels is None):
         return train, None, None, "no labels, so no probes"
     known = np.flatnonzero(fixed.labels >= 0)
-    if test is not None:
+    if test is not None and len(known):
         assert test.labels is not None
-        return train, _only(fixed, known), _only(test, np.flatnonzero(test.labels >= 0)), ""
+        scored = np.flatnonzero(test.labels >= 0)
+        return (train, _only(fixed, known), _only(test, scored), "") if len(scored) else (train, None, None, "no test labels, so no probes")  # fmt: skip
     if len(known) < 10:
         return train, None, None, "too few labelled samples for a probe"
     order = known[np.random.default_rng(0).permutation(len(known))]
@@ -131,6 +131,19 @@ def _probe(parts: Parts) -> tuple[Source, Source | None, Source | None, str]:
         return train, Subset(fixed, np.sort(order[held:])), Subset(fixed, order[:held]), f"{said}, not from training"
     kept = np.setdiff1d(np.arange(len(fixed)), order[:held])
     return Subset(fixed, kept), Subset(fixed, np.sort(order[held:])), Subset(fixed, order[:held]), said
+
+
+def _numbered(held_in: Source, held_out: Source) -> tuple[int, Source, Source]:
+    """(number of classes, both sources with labels from 0): a class is what occurs, whatever the highest number."""
+    assert held_in.labels is not None and held_out.labels is not None
+    classes = np.unique(np.concatenate([held_in.labels, held_out.labels]))
+    if classes[-1] < len(classes):
+        return len(classes), held_in, held_out
+    numbered = [Subset(source, np.arange(len(source))) for source in (held_in, held_out)]
+    for subset in numbered:
+        assert subset.labels is not None
+        subset.labels = np.searchsorted(classes, subset.labels)
+    return len(classes), numbered[0], numbered[1]
 
 
 def _only(source: Source, samples: np.ndarray) -> Source:

@@ -23,22 +23,22 @@ class Descriptors:
         self._users: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def pread(self, file: Path, length: int, offset: int, stamp: tuple[int, int]) -> bytes:
-        """`length` bytes at `offset`, fewer where the file ends.
-
-        Raises OSError, and ValueError where the file on disk is not that of `stamp` (size, mtime in ns).
+    def pread(self, file: Path, length: int, offset: int, stamp: tuple[int, int]) -> bytes | None:
+        """`length` bytes at `offset`, fewer where the file ends; None if the file is not that of `stamp` (size, mtime
+        in ns). One that was deleted or replaced is read on while it is open. Raises OSError.
         """
-        descriptor = self._take(file, stamp)
+        descriptor = self._take(file)
         try:
-            return os.pread(descriptor, length, offset)
+            data = os.pread(descriptor, length, offset)
+            return data if _stamp(descriptor) == stamp else None  # looked at last: it holds for what was read
         finally:
             self._give_back(file)
 
-    def will_need(self, file: Path, length: int, offset: int, stamp: tuple[int, int]) -> None:
+    def will_need(self, file: Path, length: int, offset: int) -> None:
         """Let the system read ahead what will be asked for. Never fails: the read itself will tell."""
         try:
-            descriptor = self._take(file, stamp)
-        except (OSError, ValueError):
+            descriptor = self._take(file)
+        except OSError:
             return
         try:
             if hasattr(os, "posix_fadvise"):
@@ -59,13 +59,13 @@ class Descriptors:
     def __del__(self) -> None:
         self.close()
 
-    def _take(self, file: Path, stamp: tuple[int, int]) -> int:
+    def _take(self, file: Path) -> int:
         with self._lock:
             if file in self._open:
                 self._open.move_to_end(file)
             else:
                 self._close_down_to(self.most - 1)
-                self._open[file] = _opened(file, stamp)
+                self._open[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             self._users[file] = self._users.get(file, 0) + 1
             return self._open[file]
 
@@ -83,10 +83,6 @@ class Descriptors:
                 self._users.pop(file, None)
 
 
-def _opened(file: Path, stamp: tuple[int, int]) -> int:
-    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+def _stamp(descriptor: int) -> tuple[int, int]:
     stat = os.fstat(descriptor)
-    if (stat.st_size, stat.st_mtime_ns) != stamp:
-        os.close(descriptor)
-        raise ValueError("the file was changed after it was indexed")
-    return descriptor
+    return stat.st_size, stat.st_mtime_ns

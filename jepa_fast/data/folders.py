@@ -1,6 +1,5 @@
 """Image folders: train/ and val/ (or test/) of class folders, class folders, or just images."""
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,12 +8,13 @@ import numpy as np
 
 from jepa_fast.config import Data
 from jepa_fast.data import series
+from jepa_fast.data.index import PAYLOADS
 from jepa_fast.data.parts import Parts, digest
 from jepa_fast.data.shards import BadSample
 from jepa_fast.data.sources import ImageSource, Source
 from jepa_fast.errors import UsageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+SUFFIXES = tuple(f".{name}" for name in PAYLOADS if name != "npy")
 
 
 def open_folder(root: Path, data: Data) -> Parts:
@@ -31,8 +31,8 @@ def open_folder(root: Path, data: Data) -> Parts:
         raise UsageError(f"--data.path {root} holds no image ({', '.join(SUFFIXES)}) and no .tar{hint}")
     (train_root, train_files), (test_root, test_files) = splits["train"], splits["test"]
     classes = classes_of(train_root, train_files)
-    train = _source(train_files, train_root, classes, data)
-    test = _source(test_files, test_root, classes, data) if test_files else None
+    train = _source(train_files, train_root, classes, root, data)
+    test = _source(test_files, test_root, classes, root, data) if test_files else None
     held: dict[str, str] = {}
     for split_root, files in splits.values():
         held |= contents(root, split_root, files)
@@ -63,9 +63,9 @@ def classes_of(root: Path, files: list[Path]) -> list[str]:
     return sorted(named) if len(named) > 1 and "" not in named else []
 
 
-def _source(files: list[Path], root: Path, classes: list[str], data: Data) -> Source:
+def _source(files: list[Path], split_root: Path, classes: list[str], root: Path, data: Data) -> Source:
     number = {name: i for i, name in enumerate(classes)}
-    labels = np.array([number.get(class_of(f, root), -1) for f in files], dtype=np.int64) if classes else None
+    labels = np.array([number.get(class_of(f, split_root), -1) for f in files], dtype=np.int64) if classes else None
     return ImageSource(partial(_read, files), lambda i: str(files[i].relative_to(root)), len(files), labels, data)
 
 
@@ -83,5 +83,13 @@ def contents(root: Path, split_root: Path, files: list[Path]) -> dict[str, str]:
     by_folder: dict[str, list[str]] = {}
     for file in files:
         folder = str((split_root / class_of(file, split_root)).relative_to(root))
-        by_folder.setdefault(folder, []).append(f"{file.relative_to(split_root)} {os.stat(file).st_size}")
+        by_folder.setdefault(folder, []).append(f"{file.relative_to(split_root)} {_size(file)}")
     return {folder: f"{len(names)} files {digest(chr(10).join(names).encode())}" for folder, names in by_folder.items()}
+
+
+def _size(file: Path) -> int:
+    """Bytes; -1 of a link that leads nowhere."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1

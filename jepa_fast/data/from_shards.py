@@ -8,9 +8,10 @@ import numpy as np
 
 from jepa_fast.config import Data
 from jepa_fast.data import finding, series
+from jepa_fast.data.health import TRUSTED
 from jepa_fast.data.index import NO_LABEL, Index
 from jepa_fast.data.parts import Parts, digest
-from jepa_fast.data.shards import BadSample, Shards
+from jepa_fast.data.shards import BadSample, Shards, short_names
 from jepa_fast.data.sources import ImageSource, SeriesSource, Source, Subset
 from jepa_fast.data.streams import PROMISE, Stream, bring
 from jepa_fast.errors import UsageError
@@ -19,9 +20,12 @@ from jepa_fast.errors import UsageError
 def open_shards(path: str, data: Data) -> Parts:
     """The shards that `path` means. Raises UsageError."""
     found = finding.find(path)
-    held = [Shards(split.files, split.lengths) for split in (found["train"], found["test"]) if split.files]
+    splits = [split for split in (found["train"], found["test"]) if split.files]
+    names = iter(short_names([file for split in splits for file in split.files]))
+    held = [Shards(s.files, s.lengths, [next(names) for _ in s.files]) for s in splits]
     for part in held:
         _refuse_other_kind(part, path, data)
+    _refuse_too_many_damaged(held, data.max_bad_share)
     labels = _labels(held)
     sources = [_source(part, classes, data) for part, classes in zip(held, labels, strict=True)]
     contents = {
@@ -62,6 +66,22 @@ def _refuse_other_kind(part: Shards, path: str, data: Data) -> None:
         )
 
 
+def _refuse_too_many_damaged(held: list[Shards], share: float) -> None:
+    """What nobody can count in samples is counted in shards."""
+    unknown = [
+        f"{name} {index.damage}"
+        for part in held
+        for name, index, told in zip(part.shard_names, part.indexes, part.told, strict=True)
+        if index.damage and not told
+    ]
+    total = sum(len(part.files) for part in held)
+    if len(unknown) > share * max(total, TRUSTED):
+        raise UsageError(
+            f"{len(unknown)} of {total} shards are damaged, more than --data.max_bad_share {share:g}; the first: "
+            f"{unknown[0]}; copy them again, or allow more"
+        )
+
+
 def _labels(held: list[Shards]) -> list[np.ndarray | None]:
     """Class numbers of each part: those of .cls, else class names numbered over all parts; NO_LABEL for a sample of none."""
     numbers = [part.labels for part in held]
@@ -75,20 +95,33 @@ def _labels(held: list[Shards]) -> list[np.ndarray | None]:
 
 def _notes(held: list[Shards], labels: list[np.ndarray | None]) -> list[str]:
     notes = [
-        f"shard {file.name} {index.damage}; {_behind(index, told)}: copy it again"
+        f"shard {name} {index.damage}; {_behind(index, told)}: copy it again"
         for part in held
-        for file, index, told in zip(part.files, part.indexes, part.told, strict=True)
+        for name, index, told in zip(part.shard_names, part.indexes, part.told, strict=True)
         if index.damage
     ]
+    unmarked = [
+        name
+        for part in held
+        for name, index, told in zip(part.shard_names, part.indexes, part.told, strict=True)
+        if index.unmarked and told != len(index)
+    ]
+    if unmarked:
+        notes.append(f"without the mark that ends a tar, so possibly cut between two samples: {_few(unmarked)}")
     for part, classes in zip(held, labels, strict=True):
         bare = [] if classes is None else np.flatnonzero(classes == NO_LABEL).tolist()
         if bare:
             notes.append(
-                f"{len(bare)} samples without a label take no part in the probe: {_few([part.key(i) for i in bare[:4]], len(bare))}"
+                f"{len(bare)} samples without a label take no part in the probe: {_few([part.key(i) for i in bare[:4]])}"
             )
         if part.repeated:
             notes.append(
-                f"{len(part.repeated)} keys occur twice in a shard, both are used: {_few(part.repeated, len(part.repeated))}"
+                f"{len(part.repeated)} samples have a key that came before in their shard; all are used: {_few(part.repeated)}"
+            )
+        beside = sum(index.beside for index in part.indexes)
+        if beside:
+            notes.append(
+                f"{beside} payloads are not used, as another of the same sample stands before them (a key ends at the first dot)"
             )
     return notes
 
@@ -99,8 +132,8 @@ def _behind(index: Index, told: int) -> str:
     return f"{max(0, told - len(index))} of its {told} samples are lost"
 
 
-def _few(names: list[str], count: int) -> str:
-    return ", ".join(names[:3]) + (", ..." if count > 3 else "")
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _source(held: Shards, labels: np.ndarray | None, data: Data) -> Source:

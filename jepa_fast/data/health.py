@@ -3,20 +3,10 @@
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from jepa_fast.data.sources import Counts
+from jepa_fast.data.sources import Bad, Counts
 
 TRUSTED = 200  # samples after which a share of bad ones means something
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A sample that was left out."""
-
-    key: str  # where it lies
-    kind: str  # the reason in one word: empty, undecodable, too_large, not_finite, shard_missing, ...
-    reason: str  # in one sentence
 
 
 class Health:

@@ -21,8 +21,8 @@ from jepa_fast.data.cache import cache_folder
 from jepa_fast.data.tar import BLOCK, Member, TarDamage, Window, members
 from jepa_fast.errors import UsageError
 
-PAYLOADS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff", "npy")
-MAGIC = b"jepa-fast index 4\n"
+PAYLOADS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff", "gif", "npy")
+MAGIC = b"jepa-fast index 5\n"
 NO_LABEL = -1
 MOST_TEXT = 1 << 16  # bytes of a .cls or .json that are looked at
 ROW = np.dtype(
@@ -51,10 +51,16 @@ class Index:
     damage: str = ""  # why reading stopped before the end, or ''
     lost: list[tuple[str, str]] = field(default_factory=list)  # (key, why) of samples that are there in part
     repeated: list[str] = field(default_factory=list)  # keys that occur more than once
+    beside: int = 0  # payloads that are not used, as their sample has another before
     expected: int = 0  # of a damaged shard: samples it held when it was whole, if it was indexed then; 0: unknown
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def unmarked(self) -> bool:
+        """Whether the shard ends right behind a sample, without the mark that ends a tar."""
+        return not self.damage and self.end >= self.stamp[0]
 
     @property
     def names(self) -> list[str]:
@@ -106,14 +112,17 @@ def _scan(file: Path, stamp: tuple[int, int]) -> Index:
 
 
 def split_name(name: bytes) -> tuple[bytes, bytes]:
-    """(key, extension in lower case) of a member; as WebDataset has it, the key ends at the base name's first dot."""
-    dot = name.find(b".", name.rfind(b"/") + 1)
-    return (name, b"") if dot < 0 else (name[:dot], name[dot + 1 :].lower())
+    """(key, extension in lower case) of a member; as WebDataset has it, the key ends at the base name's first dot, and
+    a name that begins with one (`._1.jpg`, as macOS adds them) has none."""
+    begin = name.rfind(b"/") + 1
+    dot = name.find(b".", begin)
+    return (name, b"") if dot in (-1, begin) else (name[:dot], name[dot + 1 :].lower())
 
 
 class _Samples:
-    """Members put together to samples. The first payload of a run of members of one key is the sample's; its class
-    is sought next to it first, and by its key wherever it stands."""
+    """Members put together to samples. The first payload of a run of members of one key is the sample's, one whose
+    extension has no dot before one like `left.jpg`; its class is sought next to it first, and by its key wherever it
+    stands."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, int, int, int]] = []  # begin, offset, length, payload
@@ -125,20 +134,36 @@ class _Samples:
         self.end = 0
         self._row_of: dict[bytes, int] = {}
         self._early: dict[bytes, tuple[int, str]] = {}  # classes whose payload is still to come
+        self.beside = 0
         self._key, self._begin, self._extensions = b"", 0, set[bytes]()  # the run of members that this one belongs to
         self._has_payload = False
+        self._spare: tuple[Member, int] | None = None  # the payload of the run if no better one comes
 
     def add(self, member: Member, window: Window) -> None:
         key, extension = split_name(member.name)
         if key != self._key or extension in self._extensions:
+            self._end_run()
             self._key, self._begin, self._extensions, self._has_payload = key, member.begin, set(), False
         self._extensions.add(extension)
         self.end = member.data + (member.size + BLOCK - 1) // BLOCK * BLOCK
-        if extension in _CODES:
-            if not self._has_payload:
-                self._payload(key, member, _CODES[extension])
-        elif extension in (b"cls", b"json"):
-            self._class(key, extension == b"cls", window.get(member.data, min(member.size, MOST_TEXT)))
+        before, _, kind = extension.rpartition(b".")
+        if kind in _CODES:
+            if self._has_payload or (before and self._spare):
+                self.beside += 1
+            elif before:
+                self._spare = member, _CODES[kind]
+            else:
+                self._payload(key, member, _CODES[kind])
+        elif kind in (b"cls", b"json"):
+            self._class(key, kind == b"cls", window.get(member.data, min(member.size, MOST_TEXT)))
+
+    def _end_run(self) -> None:
+        if self._spare is not None:
+            if self._has_payload:
+                self.beside += 1
+            else:
+                self._payload(self._key, *self._spare)
+        self._spare = None
 
     def _payload(self, key: bytes, member: Member, code: int) -> None:
         self._has_payload = True
@@ -163,12 +188,14 @@ class _Samples:
 
     def cut(self, member: bytes) -> None:
         """The file breaks off in `member`: its sample is lost, unless its payload came before."""
+        self._end_run()
         key, _ = split_name(member)
         if key and key not in self._row_of:
             self._early.pop(key, None)
             self.lost.append((_text(key), "the shard ends in the middle of it"))
 
     def index(self, stamp: tuple[int, int], damage: str) -> Index:
+        self._end_run()
         lost = self.lost + [(_text(key), "no payload") for key in self._early]
         names = sorted({"", *self.names})
         number = {name: i for i, name in enumerate(names)}
@@ -185,7 +212,7 @@ class _Samples:
         digest.update(lines)
         return Index(
             stamp, rows, np.frombuffer(keys, np.uint8), np.frombuffer(lines, np.uint8), self.end, digest.hexdigest(),
-            damage, lost, self.repeated,
+            damage, lost, self.repeated, self.beside,
         )  # fmt: skip
 
 
@@ -261,7 +288,7 @@ def _store(made: Index, file: Path) -> None:
     head = {
         "stamp": made.stamp, "count": len(made), "key_bytes": len(made.keys), "name_bytes": len(made.raw_names),
         "end": made.end, "digest": made.digest, "damage": made.damage, "lost": made.lost, "repeated": made.repeated,
-        "expected": made.expected,
+        "beside": made.beside, "expected": made.expected,
     }  # fmt: skip
     line = json.dumps(head).encode()
     line += b" " * (-(len(MAGIC) + len(line) + 1) % 8) + b"\n"  # the rows are aligned

@@ -11,6 +11,7 @@ from jepa_fast import cores
 from jepa_fast.data import finding, images
 from jepa_fast.data.index import NO_LABEL
 from jepa_fast.data.shards import BadSample, Shards
+from jepa_fast.errors import UsageError
 
 AT_A_TIME = 64
 
@@ -24,18 +25,21 @@ class Trouble:
 
 def open_splits(path: str) -> dict[str, Shards]:
     """The shards of each split that `path` names. Raises UsageError."""
-    return {name: Shards(split.files, split.lengths) for name, split in finding.find(path).items() if split.files}
+    found = {name: split for name, split in finding.find(path).items() if split.files}
+    if not found:
+        raise UsageError(f"{path} holds no shard (.tar); give a folder, pattern or list of them")
+    return {name: Shards(split.files, split.lengths) for name, split in found.items()}
 
 
 def verify(held: Shards, workers: int, progress: Callable[[int, int], None]) -> Iterator[Trouble]:
     """Read and decode every sample; what is wrong, in file order."""
     for where, why in held.lost:
         yield Trouble(where, why, True)
-    for file, part in zip(held.files, held.indexes, strict=True):
-        if not part.damage and part.end >= part.stamp[0]:
-            yield Trouble(
-                file.name, "ends without an end-of-archive mark: it may have been cut between two samples", False
-            )
+    for name, part in zip(held.shard_names, held.indexes, strict=True):
+        if part.unmarked:
+            yield Trouble(name, "ends without an end-of-archive mark: it may have been cut between two samples", False)
+        if part.beside:
+            yield Trouble(name, f"{part.beside} payloads are not used: their samples have another before", False)
     for where in held.repeated:
         yield Trouble(where, "the key occurs before in this shard", False)
     labels = held.labels
@@ -82,6 +86,8 @@ def stats(held: Shards) -> list[str]:
         "payloads: " + ", ".join(f"{count:,} .{kind}" for kind, count in zip(kinds, counts, strict=True)),
         f"bytes of a payload: {lengths.min():,} to {lengths.max():,}, median {int(np.median(lengths)):,}",
     ]
+    if held.lost:
+        said.append(f"{len(held.lost)} lost: --verify names them")
     labels = held.labels
     if labels is None and not held.names:
         return [*said, "no labels"]

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from jepa_fast.config import Data
-from jepa_fast.data.health import Bad
 from jepa_fast.data.shards import BadSample
-from jepa_fast.data.sources import Source, evaluated
+from jepa_fast.data.sources import Bad, Source, evaluated
 from jepa_fast.data.streams import Stream
 from jepa_fast.errors import UsageError
 

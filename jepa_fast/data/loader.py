@@ -21,7 +21,7 @@ from torch import Tensor
 from jepa_fast import schedules
 from jepa_fast.config import Config
 from jepa_fast.data import nvjpeg, packing
-from jepa_fast.data.health import TRUSTED, Bad, Health
+from jepa_fast.data.health import TRUSTED, Health
 from jepa_fast.data.kept import Kept, keeps
 from jepa_fast.data.masks import sample_masks
 from jepa_fast.data.mixture import Mixture
@@ -29,7 +29,7 @@ from jepa_fast.data.order import Order, philox
 from jepa_fast.data.packing import Ladder, MaskPlan
 from jepa_fast.data.ring import Ring, cuda_mark
 from jepa_fast.data.shards import BadSample
-from jepa_fast.data.sources import Encoded, Joined, Source
+from jepa_fast.data.sources import Bad, Encoded, Joined, Source
 from jepa_fast.data.streams import Arrival, Stream
 from jepa_fast.errors import UsageError
 

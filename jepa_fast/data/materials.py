@@ -123,12 +123,13 @@ def _of_series(source: str) -> Material:
         if beside != train and beside.is_file():
             held["validation"] = series.load(beside)
     named = [part.labels for part in held.values() if part.labels is not None]
-    classes = np.unique(np.concatenate(named)).tolist() if len(named) == len(held) else []
+    classes = [c for c in np.unique(np.concatenate(named)).tolist() if c] if len(named) == len(held) else []
 
     def sample_of(part: SeriesFile) -> Sample:
         def sample(i: int) -> dict:
             made = {"__key__": f"{i:06}", "npy": np.ascontiguousarray(part.samples[i], dtype=np.float32)}
-            return made if part.labels is None or not classes else {**made, "cls": classes.index(str(part.labels[i]))}
+            label = "" if part.labels is None or not classes else str(part.labels[i])
+            return {**made, "cls": classes.index(label)} if label else made
 
         return sample
 
@@ -172,6 +173,7 @@ def _of_shards(source: str, label_filter: str) -> Material:
             number = int(chosen[i])
             made = _members(part, number)
             if labels is not None and labels[number] != NO_LABEL:
+                made = {name: data for name, data in made.items() if not f".{name}".endswith(".cls")}
                 made["cls"] = str(np.searchsorted(present, labels[number]) if len(present) else labels[number]).encode()
             return made
 
@@ -191,15 +193,18 @@ def _of_shards(source: str, label_filter: str) -> Material:
 
 
 def _members(part: Shards, number: int) -> dict:
-    """All members of a sample; the key loses what would lead out of a folder."""
-    with tarfile.open(fileobj=io.BytesIO(part.read_members(number))) as tar:
-        key = ""
-        made: dict = {}
-        for member in tar:
-            stream = tar.extractfile(member)
-            if stream is not None:
-                raw, extension = split_name(member.name.encode())
-                key = key or raw.decode(errors="replace")
-                made.setdefault(extension.decode(errors="replace"), stream.read())
+    """All members of a sample; the key loses what would lead out of a folder. Raises BadSample."""
+    key = ""
+    made: dict = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(part.read_members(number))) as tar:
+            for member in tar:
+                raw, extension = split_name(member.name.encode(errors="replace"))
+                stream = tar.extractfile(member) if extension else None
+                key = key or (raw.decode(errors="replace") if stream else "")
+                if stream is not None and raw.decode(errors="replace") == key:  # others may stand between two samples
+                    made.setdefault(extension.decode(errors="replace"), stream.read())
+    except tarfile.TarError as error:
+        raise BadSample(f"its members cannot be read ({error})") from None
     safe = "/".join(piece for piece in key.split("/") if piece not in ("", ".", ".."))
     return {"__key__": safe or f"{number:08}", **made}

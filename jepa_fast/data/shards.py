@@ -8,6 +8,7 @@ import hashlib
 import os
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +32,17 @@ class BadSample(Exception):
 class Shards:
     """Random access to the samples of several tar files, in file order."""
 
-    def __init__(self, files: list[Path], lengths: list[int] | None = None):
-        """`lengths`: samples each shard should have, as `_info.json` tells them. Raises UsageError."""
+    def __init__(self, files: list[Path], lengths: list[int] | None = None, names: list[str] | None = None):
+        """`lengths`: samples each shard should have, as `_info.json` tells them; `names`: of the shards, for people.
+        Raises UsageError."""
         self.files = files
+        self.shard_names = names or short_names(files)
         self.indexes = _indexes(files)
         self.starts = np.cumsum([0, *map(len, self.indexes)]).tolist()  # of each shard, and the end
         self._descriptors = Descriptors()
+        self._changed: dict[int, Index] = {}  # shards that are not what they were when they were opened
         self.told = lengths or [part.expected for part in self.indexes]  # samples each should have; 0: nobody knows
-        self.lost = _lost(files, self.indexes, self.told)
+        self.lost = _lost(self.shard_names, self.indexes, self.told)
         if not len(self):
             what = self.indexes[0].damage or f"holds no sample with a payload ({', '.join(PAYLOADS)})"
             raise UsageError(f"shard {files[0]} {what}; copy it again, or take it out")
@@ -67,7 +71,7 @@ class Shards:
     @property
     def repeated(self) -> list[str]:
         """Keys that occur more than once in their shard, as <shard>:<key>."""
-        return [f"{f.name}:{k}" for f, part in zip(self.files, self.indexes, strict=True) for k in part.repeated]
+        return [f"{n}:{k}" for n, part in zip(self.shard_names, self.indexes, strict=True) for k in part.repeated]
 
     def place(self, sample: int) -> tuple[int, int]:
         """(shard, row in it)."""
@@ -75,9 +79,11 @@ class Shards:
         return shard, sample - self.starts[shard]
 
     def key(self, sample: int) -> str:
-        """Where the sample lies: <shard>:<key>."""
+        """Where the sample lies: <shard>:<key>, of no other sample."""
         shard, row = self.place(sample)
-        return f"{self.files[shard].name}:{self.indexes[shard].key(row)}"
+        key = self.indexes[shard].key(row)
+        which = f" (sample {row} from 0)" if key in self.indexes[shard].repeated else ""
+        return f"{self.shard_names[shard]}:{key}{which}"
 
     def payload(self, sample: int) -> str:
         """Extension of the sample's payload."""
@@ -93,7 +99,7 @@ class Shards:
         """The payload. Raises BadSample if the file no longer has it."""
         shard, row = self.place(sample)
         part = self.indexes[shard]
-        return self._read(shard, int(part.rows["offset"][row]), int(part.rows["length"][row]))
+        return self._read(shard, row, int(part.rows["offset"][row]), int(part.rows["length"][row]))
 
     def read_members(self, sample: int) -> bytes:
         """All members of the sample as they stand in the tar, headers and padding too. Raises BadSample."""
@@ -101,7 +107,7 @@ class Shards:
         part = self.indexes[shard]
         begin = int(part.rows["begin"][row])
         end = int(part.rows["begin"][row + 1]) if row + 1 < len(part) else part.end
-        return self._read(shard, begin, end - begin)
+        return self._read(shard, row, begin, end - begin)
 
     def prepare(self, samples: np.ndarray) -> None:
         """Let the system read ahead what `read` will be asked for."""
@@ -109,33 +115,63 @@ class Shards:
             shard, row = self.place(sample)
             part = self.indexes[shard]
             offset, length = int(part.rows["offset"][row]), int(part.rows["length"][row])
-            self._descriptors.will_need(self.files[shard], length, offset, part.stamp)
+            self._descriptors.will_need(self.files[shard], length, offset)
 
-    def _read(self, shard: int, offset: int, length: int) -> bytes:
+    def _read(self, shard: int, row: int, offset: int, length: int) -> bytes:
         if not length:
             raise BadSample("is empty (0 bytes)", "empty")
+        file = self.files[shard]
         try:
-            data = self._descriptors.pread(self.files[shard], length, offset, self.indexes[shard].stamp)
+            data = self._descriptors.pread(file, length, offset, self._stamp(shard))
+            if data is None:
+                self._look_again(shard)
+                data = self._descriptors.pread(file, length, offset, self._stamp(shard))
         except FileNotFoundError:
             raise BadSample("the shard is no longer there", "shard_missing") from None
         except OSError as error:
             raise BadSample(f"the shard cannot be read ({error.strerror})", "shard_unreadable") from None
-        except ValueError as error:
-            raise BadSample(f"the shard cannot be trusted: {error}", "shard_changed") from None
+        if data is None or (shard in self._changed and not _same(self.indexes[shard], self._changed[shard], row)):
+            raise BadSample("the shard was changed after it was indexed, and no longer holds it there", "shard_changed")
         if len(data) != length:
             raise BadSample(f"the shard ends {length - len(data)} bytes early", "shard_cut")
         return data
 
+    def _stamp(self, shard: int) -> tuple[int, int]:
+        return self._changed.get(shard, self.indexes[shard]).stamp
+
+    def _look_again(self, shard: int) -> None:
+        """Index a shard anew that has another size or time: it may only have been touched, or have lost its end."""
+        with suppress(UsageError):  # gone, or no tar: the next read tells
+            self._changed[shard] = index(self.files[shard])
+
     def parts(self) -> dict[str, str]:
         """{shard: what is in it}: number of samples and a hash of their keys, sizes and classes; not of the payloads."""
-        names = [f.name for f in self.files]
-        if len(set(names)) < len(names):  # of several folders
-            names = [str(f) for f in self.files]
-        return {n: f"{len(p)} samples {p.digest[:16]}" for n, p in zip(names, self.indexes, strict=True)}
+        return {
+            n: f"{len(p)} samples {p.digest[:16]}" for n, p in zip(short_names(self.files), self.indexes, strict=True)
+        }
 
     def fingerprint(self) -> str:
         """A hash of `parts`."""
         return hashlib.sha256(repr(sorted(self.parts().items())).encode()).hexdigest()
+
+
+def short_names(files: list[Path]) -> list[str]:
+    """Names that tell the files apart: without folders if that will do, else from the folder they share."""
+    names = [f.name for f in files]
+    if len(set(names)) == len(names):
+        return names
+    shared = os.path.commonpath([f.parent.absolute() for f in files])
+    return [os.path.relpath(f.absolute(), shared) for f in files]
+
+
+def _same(before: Index, now: Index, row: int) -> bool:
+    """Whether a sample lies where it lay."""
+    columns = ("offset", "length", "label")
+    return (
+        row < len(now)
+        and all(before.rows[c][row] == now.rows[c][row] for c in columns)
+        and before.key(row) == now.key(row)
+    )
 
 
 def _indexes(files: list[Path]) -> list[Index]:
@@ -148,19 +184,19 @@ def _indexes(files: list[Path]) -> list[Index]:
     return made[len(files) - first :] + made[: len(files) - first]
 
 
-def _lost(files: list[Path], indexes: list[Index], told: list[int]) -> list[tuple[str, str]]:
+def _lost(names: list[str], indexes: list[Index], told: list[int]) -> list[tuple[str, str]]:
     """(where, why) of every sample that should be in the shards and cannot be read from them.
 
     How many lie behind a damage is known where `_info.json` or an index made before the damage counts them; else they
     are one, "the rest".
     """
     lost = []
-    for file, part, expected in zip(files, indexes, told, strict=True):
-        lost += [(f"{file.name}:{key}", why) for key, why in part.lost]
+    for name, part, expected in zip(names, indexes, told, strict=True):
+        lost += [(f"{name}:{key}", why) for key, why in part.lost]
         behind = len(part) + len(part.lost)
         if expected:
             why = f"the shard {part.damage}" if part.damage else "_info.json counts it, but the shard lacks it"
-            lost += [(f"{file.name}:sample {number}", why) for number in range(behind, expected)]
+            lost += [(f"{name}:sample {number}", why) for number in range(behind, expected)]
         elif part.damage and not part.lost:
-            lost.append((f"{file.name}:the rest", f"the shard {part.damage}; how many samples came after is unknown"))
+            lost.append((f"{name}:the rest", f"the shard {part.damage}; how many samples came after is unknown"))
     return lost

@@ -28,6 +28,15 @@ class Counts:
             self.by_pillow += by_pillow
 
 
+@dataclass(frozen=True)
+class Bad:
+    """A sample that was left out."""
+
+    key: str  # where it lies
+    kind: str  # the reason in one word: empty, undecodable, too_large, not_finite, shard_missing, ...
+    reason: str  # in one sentence
+
+
 class Source(Protocol):
     """Samples by number."""
 
@@ -159,8 +168,8 @@ class Joined:
 
     labels = None
 
-    def __init__(self, sources: Sequence[Source]):
-        self.sources = sources
+    def __init__(self, sources: Sequence[Source], names: Sequence[str]):
+        self.sources, self.names = sources, names
         self.sizes = [len(s) for s in sources]
         self._starts = np.cumsum([0, *self.sizes]).tolist()
 
@@ -177,12 +186,12 @@ class Joined:
         return self._starts[-1]
 
     def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray | Encoded:
-        source, place = self._place(index)
-        return source.load(place, rng)
+        k, place = self._place(index)
+        return self.sources[k].load(place, rng)
 
     def key(self, index: int) -> str:
-        source, place = self._place(index)
-        return source.key(place)
+        k, place = self._place(index)
+        return f"{self.names[k]}: {self.sources[k].key(place)}"
 
     def prepare(self, indices: np.ndarray) -> None:
         for k, source in enumerate(self.sources):
@@ -190,9 +199,9 @@ class Joined:
             if mine.any():
                 source.prepare(indices[mine] - self._starts[k])
 
-    def _place(self, index: int) -> tuple[Source, int]:
+    def _place(self, index: int) -> tuple[int, int]:
         k = bisect_right(self._starts, index) - 1
-        return self.sources[k], index - self._starts[k]
+        return k, index - self._starts[k]
 
 
 def evaluated(source: Source, index: int) -> np.ndarray:
@@ -202,10 +211,10 @@ def evaluated(source: Source, index: int) -> np.ndarray:
     return values
 
 
-def fixed_draw(source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
+def fixed_draw(source: Source, count: int, left_out: list[Bad] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(inputs [n, ...], their numbers int64 [n]): `count` samples, or all there are; the same in every run.
 
-    Not augmented; unreadable ones are left out. Of a stream, from its first shard.
+    Not augmented; unreadable ones are left out, and added to `left_out`. Of a stream, from its first shard.
     """
     source = getattr(source, "fixed", source)
     inputs: list[np.ndarray] = []
@@ -216,8 +225,9 @@ def fixed_draw(source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
         try:
             inputs.append(evaluated(source, int(index)))
             numbers.append(int(index))
-        except BadSample:
-            continue
+        except BadSample as error:
+            if left_out is not None:
+                left_out.append(Bad(source.key(int(index)), error.kind, str(error)))
     if not inputs:
         raise UsageError(f"not one of the {len(source)} samples can be read, {source.key(0)} among them; mend the data")
     return np.stack(inputs), np.array(numbers)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast.config import Monitor
-from jepa_fast.data.sources import Source, fixed_draw
+from jepa_fast.data.sources import Bad, Source, fixed_draw
 
 # Shape legend: n training and m test samples of the probe, D width, c classes.
 
@@ -34,16 +34,19 @@ class ProbeSet:
         return float((self.test_labels == common).double().mean())
 
 
-def collect(train: Source, test: Source, num_classes: int, num_train: int, num_test: int) -> ProbeSet:
-    """Draw the probe set: a fixed random subset of each source, without augmentation."""
-    train_x, train_y = _subset(train, num_train)
-    test_x, test_y = _subset(test, num_test)
+def collect(
+    train: Source, test: Source, num_classes: int, num_train: int, num_test: int, left_out: list[Bad] | None = None
+) -> ProbeSet:
+    """Draw the probe set: a fixed random subset of each source, without augmentation; what cannot be read goes to
+    `left_out`."""
+    train_x, train_y = _subset(train, num_train, left_out)
+    test_x, test_y = _subset(test, num_test, left_out)
     return ProbeSet(train_x, train_y, test_x, test_y, num_classes)
 
 
-def _subset(source: Source, count: int) -> tuple[Tensor, Tensor]:
+def _subset(source: Source, count: int, left_out: list[Bad] | None) -> tuple[Tensor, Tensor]:
     assert source.labels is not None
-    inputs, chosen = fixed_draw(source, count)
+    inputs, chosen = fixed_draw(source, count, left_out)
     return torch.from_numpy(inputs), torch.from_numpy(np.asarray(source.labels)[chosen].astype(np.int64))
 
 
