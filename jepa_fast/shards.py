@@ -1,6 +1,7 @@
 """Make shards, look at them, verify them: `python -m jepa_fast.shards`."""
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -87,7 +88,11 @@ def _make(args: argparse.Namespace) -> int:
         rate = written / 1e6 / max(1e-9, time.monotonic() - began)
         _show(f"{done}/{shards} shards, {rate:.1f} MB/s", done == shards)
 
-    result = convert(held, Path(args.folder), options, progress)
+    try:
+        result = convert(held, Path(args.folder), options, progress)
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is done stays, and the same command goes on from it", file=sys.stderr)
+        return 128 + signal.SIGINT
     total = sum(sum(lengths.values()) for lengths in result.shards.values())
     shards = sum(map(len, result.shards.values()))
     already = f", {shards - result.made} of them from before" if result.made < shards else ""

@@ -252,6 +252,36 @@ def test_nothing_to_look_at_is_an_error(tmp_path, capsys, verb):
     assert "holds no shard (.tar)" in capsys.readouterr().err
 
 
+def test_keys_that_two_shards_share_become_different(tmp_path):
+    (tmp_path / "in").mkdir()
+    for shard in "ab":
+        with tarfile.open(tmp_path / "in" / f"{shard}.tar", "w") as tar:
+            for key in "xy":
+                info = tarfile.TarInfo(f"{key}.jpg")
+                info.size = 2
+                tar.addfile(info, io.BytesIO((shard + key).encode()))
+    assert go(tmp_path / "in", tmp_path / "out", "--keep-order") == 0
+    held = Shards([tmp_path / "out" / "out-train-0000.tar"])
+    assert [held.read(i) for i in range(4)] == [b"ax", b"ay", b"bx", b"by"] and not held.repeated
+
+
+def test_an_interruption_by_hand_is_one_line_and_what_is_done_stays(images, tmp_path, monkeypatch, capsys):
+    real = converting._write
+
+    def write(task, *args):
+        if task.filename.endswith("0002.tar"):
+            raise KeyboardInterrupt
+        return real(task, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(converting, "_write", write)
+        assert go(images, tmp_path / "out", "--samples-per-shard", 2, "--workers", 1) == 130
+    err = capsys.readouterr().err
+    assert "the same command goes on" in err and err.strip().count("\n") == 0
+    assert go(images, tmp_path / "out", "--samples-per-shard", 2) == 0
+    assert " of them from before" in capsys.readouterr().out
+
+
 def test_verify_names_every_bad_sample_and_stats_describe(tmp_path, images, capsys):
     go(images, tmp_path / "out", "--samples-per-shard", 4, "--name", "x")
     assert go("--verify", tmp_path / "out") == 0

@@ -122,24 +122,25 @@ def _known(folder: Path) -> dict[str, dict]:
 
 def _write(task: _Task, material: Material, folder: Path) -> dict:
     left_out: list[str] = []
-    count = 0
+    keys: set[str] = set()
 
     def samples() -> Iterator[dict]:
-        nonlocal count
         for number in task.samples.tolist():
             try:
                 made = material.sample[task.split](number)
             except BadSample as error:
                 left_out.append(f"{task.split} sample {number}: {error}")
                 continue
-            count += 1
+            if made["__key__"] in keys:  # source shards may number theirs alike
+                made["__key__"] += f"-{number}"
+            keys.add(made["__key__"])
             yield made
 
     partial, file = folder / f".{task.filename}.partial", folder / task.filename
     try:
         write_tar(partial, samples())
-        entry = {"samples": count, "bytes": partial.stat().st_size, "left_out": left_out}
-        if count:
+        entry = {"samples": len(keys), "bytes": partial.stat().st_size, "left_out": left_out}
+        if keys:
             partial.replace(file)
         else:
             partial.unlink()
