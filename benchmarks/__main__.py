@@ -26,10 +26,10 @@ class Part:
 
 # In the order of what one wants to know first. Two quiet cores take about four fifths of the limits.
 CPU_SET = {
-    "ema": Part(75),
-    "monitor": Part(115, ("--rounds", "5", "--seconds", "25")),
+    "ema": Part(67),
+    "monitor": Part(108, ("--rounds", "5", "--seconds", "25")),
     "step": Part(60, ("--batch", "8", "--rounds", "7", "--seconds", "60")),
-    "data": Part(45),
+    "data": Part(66),
     "attention": Part(36),
     "checkpoint": Part(130, ("--rounds", "3", "--seconds", "30")),
     "masks": Part(22),

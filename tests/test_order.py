@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_fast.data.order import Order, philox
+from jepa_fast.data.order import Order, augmentation, philox
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 2**40))
@@ -44,6 +44,14 @@ FROZEN = [6, 1, 5, 2, 7, 4, 3, 0]
 def test_samples_have_streams_of_their_own():
     words = {philox(0, e, s).random_raw() for e in range(10) for s in range(-1, 100)}
     assert len(words) == 10 * 101
+
+
+def test_a_kept_generator_gives_the_stream_of_a_new_one():
+    for seed, epoch, sample in ((0, 0, 0), (3, 7, 10**12), (2**64 - 1, 5, 1)):
+        new, kept = np.random.Generator(philox(seed, epoch, sample)), augmentation(seed, epoch, sample)
+        for draw in (lambda g: g.uniform(0.3, 1, 5), lambda g: g.integers(100, size=3), lambda g: g.normal(size=3)):
+            np.testing.assert_array_equal(draw(kept), draw(new))
+        kept.integers(100, dtype=np.uint32)  # leaves half a word behind
 
 
 def test_nothing_to_order_is_refused():

@@ -25,7 +25,7 @@ from jepa_fast.data.health import TRUSTED, Health
 from jepa_fast.data.kept import Kept, keeps
 from jepa_fast.data.masks import sample_masks
 from jepa_fast.data.mixture import Mixture
-from jepa_fast.data.order import Order, philox
+from jepa_fast.data.order import Order, augmentation
 from jepa_fast.data.packing import Ladder, MaskPlan
 from jepa_fast.data.ring import Ring, cuda_mark
 from jepa_fast.data.shards import BadSample
@@ -268,7 +268,7 @@ class Loader:
 
     def _load(self, epoch: int, sample: int) -> tuple[np.ndarray | Encoded, int]:
         """The sample, or the next that can be read; and which it was."""
-        rng = np.random.Generator(philox(self.seed, epoch, sample))
+        rng = augmentation(self.seed, epoch, sample)
         for further in range(len(self.source)):
             index = (sample + further) % len(self.source) if further else sample  # a stream has no end
             if index in self._bad_samples:

@@ -5,6 +5,8 @@ What is left over of an epoch is carried into the next batch, so every batch is 
 processes, and every sample comes exactly once an epoch.
 """
 
+import threading
+
 import numpy as np
 
 BLOCKS = -1  # in place of a window: the order of an epoch's blocks
@@ -89,3 +91,18 @@ def philox(seed: int, epoch: int, sample: int = -1, part: int = 0) -> np.random.
     return np.random.Philox(
         key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, part, sample + 1], np.uint64)
     )
+
+
+_kept = threading.local()
+
+
+def augmentation(seed: int, epoch: int, sample: int) -> np.random.Generator:
+    """`philox(seed, epoch, sample)` as a generator that is this thread's until it asks again: making one takes 15
+    microseconds, setting its state 2."""
+    if not hasattr(_kept, "generator"):
+        _kept.generator = np.random.Generator(np.random.Philox(0))
+    _kept.generator.bit_generator.state = {
+        "bit_generator": "Philox", "state": {"counter": (0, 0, 0, sample + 1), "key": (seed, epoch)},
+        "buffer": (0, 0, 0, 0), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0,
+    }  # fmt: skip
+    return _kept.generator
