@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_fast.data.order import Order, augmentation, philox
+from jepa_fast.data.order import Order, augmentation, philox, shuffled
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 2**40))
@@ -39,6 +39,12 @@ def test_the_stream_is_frozen():
 
 
 FROZEN = [6, 1, 5, 2, 7, 4, 3, 0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 64, 65, 20_000])
+def test_a_shuffle_is_the_order_of_random_words(count):
+    words = philox(4, 2, part=1).random_raw(count)
+    np.testing.assert_array_equal(shuffled(count, 4, 2, 1), np.argsort(words, kind="stable"))
 
 
 def test_samples_have_streams_of_their_own():

@@ -80,10 +80,15 @@ class Order:
 def shuffled(count: int, seed: int, epoch: int, part: int = 0) -> np.ndarray:
     """A permutation of `count`: int64.
 
-    Sorting raw Philox words, and not Generator.permutation: only the raw stream is promised to
-    stay the same in later NumPy versions.
+    Sorting raw Philox words, and not Generator.permutation: only the raw stream is promised to stay the same in later
+    NumPy versions. The low bits of each word are its place, so the words differ, any sort gives the same, and what is
+    sorted need not be looked up: a quarter of the time of argsort.
     """
-    return np.argsort(philox(seed, epoch, part=part).random_raw(count), kind="stable")
+    bits = (count - 1).bit_length()
+    words = philox(seed, epoch, part=part).random_raw(count)
+    words = (words >> np.uint64(bits) << np.uint64(bits)) | np.arange(count, dtype=np.uint64)
+    words.sort()
+    return (words & np.uint64(2**bits - 1)).astype(np.int64)
 
 
 def philox(seed: int, epoch: int, sample: int = -1, part: int = 0) -> np.random.Philox:
