@@ -8,7 +8,7 @@ import numpy as np
 
 from jepa_fast.config import Data
 from jepa_fast.data import series
-from jepa_fast.data.index import PAYLOADS
+from jepa_fast.data.grouping import PAYLOADS
 from jepa_fast.data.parts import Parts, digest
 from jepa_fast.data.shards import BadSample
 from jepa_fast.data.sources import ImageSource, Source

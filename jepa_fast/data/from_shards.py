@@ -8,8 +8,9 @@ import numpy as np
 
 from jepa_fast.config import Data
 from jepa_fast.data import finding, series
+from jepa_fast.data.grouping import NO_LABEL
 from jepa_fast.data.health import TRUSTED
-from jepa_fast.data.index import NO_LABEL, Index
+from jepa_fast.data.index import Index
 from jepa_fast.data.parts import Parts, digest
 from jepa_fast.data.shards import BadSample, Shards, short_names
 from jepa_fast.data.sources import ImageSource, SeriesSource, Source, Subset

@@ -8,7 +8,6 @@ serves all processes of a machine.
 import hashlib
 import json
 import os
-import re
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -18,13 +17,11 @@ import numpy as np
 import torch
 
 from jepa_fast.data.cache import cache_folder
-from jepa_fast.data.tar import BLOCK, Member, TarDamage, Window, members
+from jepa_fast.data.grouping import Samples, text
+from jepa_fast.data.tar import TarDamage, Window, members
 from jepa_fast.errors import UsageError
 
-PAYLOADS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff", "gif", "npy")
 MAGIC = b"jepa-fast index 5\n"
-NO_LABEL = -1
-MOST_TEXT = 1 << 16  # bytes of a .cls or .json that are looked at
 ROW = np.dtype(
     [
         ("begin", "<i8"),  # byte of the first header of the sample
@@ -65,11 +62,11 @@ class Index:
     @property
     def names(self) -> list[str]:
         """Class names by number. Made anew: a thousand shards would hold the same thousand names."""
-        return [sys.intern(name) for name in _text(self.raw_names.tobytes()).split("\n")]
+        return [sys.intern(name) for name in text(self.raw_names.tobytes()).split("\n")]
 
     def key(self, row: int) -> str:
         begin = int(self.rows["key_end"][row - 1]) if row else 0
-        return _text(self.keys[begin : int(self.rows["key_end"][row])].tobytes())
+        return text(self.keys[begin : int(self.rows["key_end"][row])].tobytes())
 
 
 def index(file: Path) -> Index:
@@ -99,144 +96,37 @@ def index(file: Path) -> Index:
 def _scan(file: Path, stamp: tuple[int, int]) -> Index:
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        window, samples, damage = Window(descriptor), _Samples(), ""
+        window, samples, damage = Window(descriptor), Samples(), ""
         try:
             for member in members(window):
                 samples.add(member, window)
         except TarDamage as error:
             damage = str(error)
             samples.cut(error.member)
+        samples.finish()
     finally:
         os.close(descriptor)
-    return samples.index(stamp, damage)
+    return _index_of(samples, stamp, damage)
 
 
-def split_name(name: bytes) -> tuple[bytes, bytes]:
-    """(key, extension in lower case) of a member; as WebDataset has it, the key ends at the base name's first dot, and
-    a name that begins with one (`._1.jpg`, as macOS adds them) has none."""
-    begin = name.rfind(b"/") + 1
-    dot = name.find(b".", begin)
-    return (name, b"") if dot in (-1, begin) else (name[:dot], name[dot + 1 :].lower())
-
-
-class _Samples:
-    """Members put together to samples. The first payload of a run of members of one key is the sample's, one whose
-    extension has no dot before one like `left.jpg`; its class is sought next to it first, and by its key wherever it
-    stands."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, int, int, int]] = []  # begin, offset, length, payload
-        self.keys: list[bytes] = []
-        self.labels: list[int] = []
-        self.names: list[str] = []
-        self.lost: list[tuple[str, str]] = []
-        self.repeated: list[str] = []
-        self.end = 0
-        self._row_of: dict[bytes, int] = {}
-        self._early: dict[bytes, tuple[int, str]] = {}  # classes whose payload is still to come
-        self.beside = 0
-        self._key, self._begin, self._extensions = b"", 0, set[bytes]()  # the run of members that this one belongs to
-        self._has_payload = False
-        self._spare: tuple[Member, int] | None = None  # the payload of the run if no better one comes
-
-    def add(self, member: Member, window: Window) -> None:
-        key, extension = split_name(member.name)
-        if key != self._key or extension in self._extensions:
-            self._end_run()
-            self._key, self._begin, self._extensions, self._has_payload = key, member.begin, set(), False
-        self._extensions.add(extension)
-        self.end = member.data + (member.size + BLOCK - 1) // BLOCK * BLOCK
-        before, _, kind = extension.rpartition(b".")
-        if kind in _CODES:
-            if self._has_payload or (before and self._spare):
-                self.beside += 1
-            elif before:
-                self._spare = member, _CODES[kind]
-            else:
-                self._payload(key, member, _CODES[kind])
-        elif kind in (b"cls", b"json"):
-            self._class(key, kind == b"cls", window.get(member.data, min(member.size, MOST_TEXT)))
-
-    def _end_run(self) -> None:
-        if self._spare is not None:
-            if self._has_payload:
-                self.beside += 1
-            else:
-                self._payload(self._key, *self._spare)
-        self._spare = None
-
-    def _payload(self, key: bytes, member: Member, code: int) -> None:
-        self._has_payload = True
-        if key in self._row_of:
-            self.repeated.append(_text(key))
-        label, name = self._early.pop(key, (NO_LABEL, ""))
-        self._row_of[key] = len(self.rows)
-        self.rows.append((self._begin, member.data, member.size, code))
-        self.keys.append(key)
-        self.labels.append(label)
-        self.names.append(name or _wnid(key))
-
-    def _class(self, key: bytes, is_cls: bool, content: bytes) -> None:
-        label, name = _class_of(content) if is_cls else (NO_LABEL, _wnid(content))
-        row = self._row_of.get(key)
-        if row is None or (is_cls and self.labels[row] != NO_LABEL):
-            known = self._early.get(key, (NO_LABEL, ""))
-            self._early[key] = (label if label != NO_LABEL else known[0], known[1] or name)
-        else:
-            self.labels[row] = label if is_cls else self.labels[row]
-            self.names[row] = self.names[row] or name
-
-    def cut(self, member: bytes) -> None:
-        """The file breaks off in `member`: its sample is lost, unless its payload came before."""
-        self._end_run()
-        key, _ = split_name(member)
-        if key and key not in self._row_of:
-            self._early.pop(key, None)
-            self.lost.append((_text(key), "the shard ends in the middle of it"))
-
-    def index(self, stamp: tuple[int, int], damage: str) -> Index:
-        self._end_run()
-        lost = self.lost + [(_text(key), "no payload") for key in self._early]
-        names = sorted({"", *self.names})
-        number = {name: i for i, name in enumerate(names)}
-        rows = np.empty(len(self.rows), ROW)
-        for column, values in zip(("begin", "offset", "length", "payload"), zip(*self.rows, strict=True), strict=False):
-            rows[column] = values
-        rows["label"], rows["name"] = self.labels, [number[name] for name in self.names]
-        rows["key_end"] = np.cumsum([len(key) for key in self.keys], dtype=np.int64)
-        keys = b"".join(self.keys)
-        digest = hashlib.sha256(keys)
-        for column in ("key_end", "length", "label", "name"):
-            digest.update(np.ascontiguousarray(rows[column]).tobytes())
-        lines = "\n".join(names).encode()
-        digest.update(lines)
-        return Index(
-            stamp, rows, np.frombuffer(keys, np.uint8), np.frombuffer(lines, np.uint8), self.end, digest.hexdigest(),
-            damage, lost, self.repeated, self.beside,
-        )  # fmt: skip
-
-
-_CODES = {name.encode(): code for code, name in enumerate(PAYLOADS)}
-
-
-def _class_of(content: bytes) -> tuple[int, str]:
-    """A class number, or a class name where it is none."""
-    try:
-        label = int(content)
-        if 0 <= label < 2**31:
-            return label, ""
-    except ValueError:
-        pass
-    return NO_LABEL, " ".join(_text(content[:100]).split())
-
-
-def _wnid(content: bytes) -> str:
-    found = re.search(rb"n\d{8}", content)
-    return found.group().decode() if found else ""
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode(errors="replace")
+def _index_of(samples: Samples, stamp: tuple[int, int], damage: str) -> Index:
+    names = sorted({"", *samples.names})
+    number = {name: i for i, name in enumerate(names)}
+    rows = np.empty(len(samples.rows), ROW)
+    for column, values in zip(("begin", "offset", "length", "payload"), zip(*samples.rows, strict=True), strict=False):
+        rows[column] = values
+    rows["label"], rows["name"] = samples.labels, [number[name] for name in samples.names]
+    rows["key_end"] = np.cumsum([len(key) for key in samples.keys], dtype=np.int64)
+    keys = b"".join(samples.keys)
+    digest = hashlib.sha256(keys)
+    for column in ("key_end", "length", "label", "name"):
+        digest.update(np.ascontiguousarray(rows[column]).tobytes())
+    lines = "\n".join(names).encode()
+    digest.update(lines)
+    return Index(
+        stamp, rows, np.frombuffer(keys, np.uint8), np.frombuffer(lines, np.uint8), samples.end, digest.hexdigest(),
+        damage, samples.lost, samples.repeated, samples.beside,
+    )  # fmt: skip
 
 
 # ---- keeping --------------------------------------------------------------------------------------

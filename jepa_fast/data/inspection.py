@@ -9,7 +9,7 @@ import numpy as np
 
 from jepa_fast import cores
 from jepa_fast.data import finding, images
-from jepa_fast.data.index import NO_LABEL
+from jepa_fast.data.grouping import NO_LABEL
 from jepa_fast.data.shards import BadSample, Shards
 from jepa_fast.errors import UsageError
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from jepa_fast.data import cifar, finding, folders, from_shards, series, series_folder
-from jepa_fast.data.index import NO_LABEL, split_name
+from jepa_fast.data.grouping import NO_LABEL, split_name
 from jepa_fast.data.parts import digest
 from jepa_fast.data.series import SeriesFile
 from jepa_fast.data.shards import BadSample, Shards

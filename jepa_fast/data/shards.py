@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from jepa_fast.data.descriptors import Descriptors
-from jepa_fast.data.index import NO_LABEL, PAYLOADS, Index, index
+from jepa_fast.data.grouping import NO_LABEL, PAYLOADS
+from jepa_fast.data.index import Index, index
 from jepa_fast.data.writing import write_shards
 from jepa_fast.errors import UsageError
 
