@@ -129,8 +129,9 @@ def _probe(parts: Parts) -> tuple[Source, Source | None, Source | None, str]:
     said = f", {held} of the labelled samples held out for the probe"
     if fixed is not train:
         return train, Subset(fixed, np.sort(order[held:])), Subset(fixed, order[:held]), f"{said}, not from training"
-    kept = np.setdiff1d(np.arange(len(fixed)), order[:held])
-    return Subset(fixed, kept), Subset(fixed, np.sort(order[held:])), Subset(fixed, order[:held]), said
+    kept = np.ones(len(fixed), bool)
+    kept[order[:held]] = False
+    return Subset(fixed, np.flatnonzero(kept)), Subset(fixed, np.sort(order[held:])), Subset(fixed, order[:held]), said
 
 
 def _numbered(held_in: Source, held_out: Source) -> tuple[int, Source, Source]:

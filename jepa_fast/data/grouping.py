@@ -9,6 +9,7 @@ from jepa_fast.data.tar import BLOCK, Member, Window
 
 PAYLOADS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff", "gif", "npy")
 NO_LABEL = -1
+WNID = re.compile(rb"n\d{8}")
 MOST_TEXT = 1 << 16  # bytes of a .cls or .json that are looked at
 _CODES = {name.encode(): code for code, name in enumerate(PAYLOADS)}
 
@@ -114,7 +115,7 @@ def _class_of(content: bytes) -> tuple[int, str]:
 
 
 def _wnid(content: bytes) -> str:
-    found = re.search(rb"n\d{8}", content)
+    found = WNID.search(content)
     return found.group().decode() if found else ""
 
 
