@@ -10,11 +10,13 @@ from PIL import Image
 from test_images import encoded, photograph, png_of
 
 from jepa_fast import train
+from jepa_fast.data import inspection
 from jepa_fast.data.shards import Shards
 from jepa_fast.data.writing import write_shards
 from jepa_fast.log import read
 
-SMALL = ["--data.image_size", "32", "--model.patch", "8", "--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--masks.min_keep", "1",
+IMAGES = ["--data.image_size", "32", "--model.patch", "8", "--masks.min_keep", "1"]
+SMALL = ["--model.width", "16", "--model.depth", "1", "--model.heads", "2",
          "--model.predictor_width", "16", "--model.predictor_depth", "1", "--train.batch_size", "8", "--train.precision", "fp32", "--train.steps", "20",
          "--log.every", "5", "--monitor.every", "20", "--monitor.probe_train", "20", "--monitor.probe_test", "10", "--data.workers", "2"]  # fmt: skip
 
@@ -72,7 +74,7 @@ def written(folder, count=60, test=True):
 
 
 def go(path, *args):
-    return train.main(["images", "--data.path", str(path), "--run.dir", "x", *SMALL, *map(str, args)])
+    return train.main(["images", "--data.path", str(path), "--run.dir", "x", *IMAGES, *SMALL, *map(str, args)])
 
 
 def bad_events():
@@ -216,6 +218,29 @@ def test_a_resumed_run_says_what_changed_in_its_data_and_may_follow_them(tmp_pat
         and "s-train-0002.tar is gone" in err
     )
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("keep_on", ["host", "device"])
+def test_series_of_another_shape_in_shards_are_left_out(tmp_path, monkeypatch, keep_on):
+    rng = np.random.default_rng(0)
+    odd = {0: (1, 30), 7: (2, 40), 9: (1, 1, 40), 12: (1, 0), 15: ()}
+
+    def samples(count):
+        for i in range(count):
+            yield {"__key__": f"{i:03}", "npy": rng.normal(size=odd.get(i, (1, 40)) if count > 20 else (1, 40)), "cls": i % 2}  # fmt: skip
+
+    folder = write_shards(tmp_path / "d", {"train": samples(40), "test": samples(12)}, "s", 20)
+    args = ["--data.path", str(folder), "--run.dir", "x", "--data.keep_on", keep_on, "--data.max_bad_share", "0.1"]
+    assert train.main(["series", *SMALL, *args]) == 0
+    kinds = {int(e["key"].rpartition(":")[2]): e["why"] for e in bad_events()}
+    assert kinds == {0: "other_shape", 7: "other_shape", 9: "undecodable", 12: "undecodable", 15: "undecodable"}
+    assert len(inspected(folder)) == 5
+
+
+def inspected(folder):
+    return [
+        t for held in inspection.open_splits(str(folder)).values() for t in inspection.verify(held, 1, lambda *_: None)
+    ]
 
 
 def test_series_with_gaps_are_left_out_and_do_not_spoil_the_rest(tmp_path):

@@ -81,6 +81,30 @@ def test_cifar_archives(tmp_path, kind):
     assert data.train.labels.tolist() == labels[:5].ravel().tolist()
 
 
+def test_cifar_batches_that_do_not_add_up_are_refused(tmp_path):
+    def write(labels):
+        for name in ("train", "test"):
+            batch = {"data": np.zeros((3, 3072), np.uint8), "fine_labels": labels}
+            (tmp_path / name).write_bytes(pickle.dumps(batch))
+        open_dataset(small_images(tmp_path))
+
+    write([0, 5, 99])
+    with pytest.raises(UsageError, match="train holds 3 images and 2 labels"):
+        write([0, 5])
+    with pytest.raises(UsageError, match="train has labels from 0 to 100"):
+        write([0, 5, 100])
+
+
+def test_sets_of_different_shapes_are_not_mixed(tmp_path):
+    for name, length in (("a", 20), ("b", 30)):
+        (tmp_path / f"{name}.csv").write_text(
+            "".join(f"{i % 2}," + ",".join(["1.5"] * length) + "\n" for i in range(9))
+        )
+    path = f"{tmp_path}/a.csv::{tmp_path}/b.csv"
+    with pytest.raises(UsageError, match="different shapes"):
+        open_dataset(replace(preset("series"), {"data.path": path, "data.weights": (1.0, 1.0)}))
+
+
 def test_a_cifar_pickle_that_runs_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):

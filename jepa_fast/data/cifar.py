@@ -33,6 +33,16 @@ def load(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     splits = {}
     for split, names in (("train", train), ("test", test)):
         parts = [read(folder / (name + ".bin" * binary)) for name in names]
+        for name, (pixels, labels) in zip(names, parts, strict=True):
+            if len(pixels) != len(labels):
+                raise UsageError(
+                    f"{folder / name} holds {len(pixels)} images and {len(labels)} labels; unpack it again"
+                )
+            if labels.min(initial=0) < 0 or labels.max(initial=0) >= (10 if ten else 100):
+                raise UsageError(
+                    f"{folder / name} has labels from {labels.min()} to {labels.max()}, and CIFAR-{10 if ten else 100} no "
+                    "such class; unpack it again"
+                )
         pixels, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
         splits[split] = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels
     return splits

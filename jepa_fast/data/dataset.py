@@ -87,6 +87,9 @@ def _join(found: list[str], parts: list[Parts], data: Data) -> Parts:
         for name, what in part.contents.items()
     }
     contents["--data.weights"] = repr(data.weights)
+    shapes = {entry: _shape(part.train) for entry, part in zip(found, parts, strict=True)}
+    if len(set(shapes.values())) > 1:
+        raise UsageError(f"the sets of --data.path hold samples of different shapes, {shapes}; mix those of one shape")
     lost = [(f"{entry}: {where}", why) for entry, part in zip(found, parts, strict=True) for where, why in part.lost]
     notes = [note for part in parts for note in part.notes] + [f"the probe looks at {found[0]} alone"]
     return Parts(Joined([part.train for part in parts], found), None, contents, lost, notes, probe=parts[0])

@@ -1,6 +1,7 @@
 """Shards, on this machine or remote, as sources: payloads, class numbers, and the classes one wants to keep."""
 
 import io
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def open_shards(path: str, data: Data) -> Parts:
         _refuse_other_kind(part, path, data)
     _refuse_too_many_damaged(held, data.max_bad_share)
     labels = _labels(held)
-    sources = [_source(part, classes, data) for part, classes in zip(held, labels, strict=True)]
+    shape = common_shape(held[0]) if data.kind == "series" else ()
+    sources = [_source(part, classes, data, shape) for part, classes in zip(held, labels, strict=True)]
     contents = {
         f"{split}/{name}": what
         for split, part in zip(("train", "test"), held, strict=False)
@@ -51,8 +53,9 @@ def open_stream(path: str, data: Data, seed: int) -> Parts:
     first = Shards([bring(urls[0])])
     _refuse_other_kind(first, path, data)
     known = _labels([first])[0]
+    shape = common_shape(first) if data.kind == "series" else ()
     stream = Stream(
-        urls, lambda held: _source(held, None, data), _source(first, known, data),
+        urls, lambda held: _source(held, None, data, shape), _source(first, known, data, shape),
         data.num_samples or len(first) * len(urls), seed,
     )  # fmt: skip
     about = "" if data.num_samples else f"; --data.num_samples is not given, {len(stream)} taken from the first shard"
@@ -137,23 +140,45 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _source(held: Shards, labels: np.ndarray | None, data: Data) -> Source:
+def _source(held: Shards, labels: np.ndarray | None, data: Data, shape: tuple[int, ...] = ()) -> Source:
+    """`shape`: of a series, [C, L]; of the most common one, where it is left out."""
     if data.kind == "images":
         return ImageSource(held.read, held.key, len(held), labels, data, held.prepare)
     if data.series_norm == "train":
         raise UsageError("--data.series_norm train is for files of series; shards take per_series or none")
-    return SeriesSource(partial(_read_series, held, data), held.key, len(held), labels, held.prepare)
+    read = partial(_read_series, held, data, shape or common_shape(held))
+    return SeriesSource(read, held.key, len(held), labels, held.prepare)
 
 
-def _read_series(held: Shards, data: Data, sample: int) -> np.ndarray:
-    try:
-        values = np.load(io.BytesIO(held.read(sample)), allow_pickle=False).astype(np.float32)
-    except (ValueError, EOFError, OSError) as error:
-        raise BadSample(f"not a readable array ({error})", "undecodable") from None
-    values = values[None] if values.ndim == 1 else values
-    if values.ndim != 2:
-        raise BadSample(f"an array of shape {values.shape} and not [C, L]", "undecodable")
+def _read_series(held: Shards, data: Data, shape: tuple[int, ...], sample: int) -> np.ndarray:
+    values = array(held.read(sample), shape)
     return series.normalise(values[None], data.series_norm, values)[0]
+
+
+def array(data: bytes, shape: tuple[int, ...] = ()) -> np.ndarray:
+    """float32 [C, L] of a .npy, of `shape` where one is given. Raises BadSample."""
+    try:
+        values = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # a damaged header raises nearly anything, and may ask for any amount of memory
+        said = str(error).partition(". ")[0].replace("\n", " ")
+        raise BadSample(f"not a readable array ({said or type(error).__name__})", "undecodable") from None
+    if values.dtype.kind not in "fiub" or values.ndim not in (1, 2) or not values.size:
+        raise BadSample(f"an array of {values.dtype}, shape {values.shape}, and no numbers [C, L]", "undecodable")
+    values = np.atleast_2d(values).astype(np.float32)
+    if values.shape != (shape or values.shape):
+        raise BadSample(f"a series of shape {values.shape}, where most are {shape}", "other_shape")
+    return values
+
+
+def common_shape(held: Shards) -> tuple[int, ...]:
+    """The shape [C, L] of a series that has as many bytes as most; () if the first of them cannot be read."""
+    _, inverse, counts = np.unique(
+        np.concatenate([part.rows["length"] for part in held.indexes]), return_inverse=True, return_counts=True
+    )
+    for sample in np.flatnonzero(inverse == counts.argmax())[:100].tolist():
+        with suppress(BadSample):
+            return array(held.read(sample)).shape
+    return ()
 
 
 def _filtered(sources: list[Source], held: list[Shards], label_filter: str) -> list[Source]:

@@ -63,8 +63,11 @@ def _one(file: Path) -> np.ndarray:
             values = _csv(file).T
     except UsageError:
         raise
-    except (ValueError, OSError, EOFError) as error:
-        raise UsageError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}; mend it, or take it out") from None
+    except Exception as error:  # damaged arrays raise nearly anything
+        said = str(error).partition(". ")[0].replace("\n", " ") or type(error).__name__
+        raise UsageError(f"{file} cannot be read: {said}; mend it, or take it out") from None
     values = values[None] if values.ndim == 1 else values
     if values.ndim != 2 or not values.size:
         raise UsageError(f"{file} holds an array of shape {values.shape}; one series a file is [L] or [C, L]")
