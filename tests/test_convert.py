@@ -250,6 +250,8 @@ def test_members_of_nobody_and_dotted_names_pass_through(tmp_path):
 def test_nothing_to_look_at_is_an_error(tmp_path, capsys, verb):
     assert go(verb, tmp_path) == 2
     assert "holds no shard (.tar)" in capsys.readouterr().err
+    assert go(verb, "https://example.org/{0..9}.tar") == 2
+    assert "is not on this machine; copy it first" in capsys.readouterr().err
 
 
 def test_keys_that_two_shards_share_become_different(tmp_path):

@@ -99,6 +99,19 @@ def test_a_bad_sample_of_a_stream_is_replaced_and_named(folder, tmp_path):
     assert [(b.kind, b.key.rpartition(":")[2]) for b in loader.bad] == [("not_finite", "003")]
 
 
+def test_what_a_stream_lost_is_counted_under_the_name_of_its_shard(folder):
+    file = folder / "s-train-0001.tar"
+    file.write_bytes(file.read_bytes()[:9000])
+    pattern = f"pipe:cat '{folder}/s-train-000{{0..4}}.tar'"
+    cfg = config(pattern, **{"data.num_samples": 50})
+    loader = Loader(cfg, open_dataset(cfg).train, 0, 0, 1, 0, 12)
+    got = {int(v) for batch in loader for v in batch.inputs[:, 0, 0]}
+    loader.close()
+    (lost,) = loader.bad
+    assert lost.kind == "lost" and "the shard ends" in lost.reason
+    assert lost.key.startswith(pattern.replace("{0..4}", "1")) and got < set(range(50)) - {int(lost.key[-3:])}
+
+
 def test_what_cannot_be_fetched_is_one_sentence_and_leaves_nothing(folder, server, tmp_path):
     for path in (f"{server[0]}/missing.tar", "pipe:false", "pipe:echo no tar", "foo://x/y.tar"):
         with pytest.raises(UsageError, match="cannot fetch shard") as raised:

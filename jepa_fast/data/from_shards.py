@@ -14,7 +14,7 @@ from jepa_fast.data.health import TRUSTED
 from jepa_fast.data.index import Index
 from jepa_fast.data.parts import Parts, digest
 from jepa_fast.data.shards import BadSample, Shards, short_names
-from jepa_fast.data.sources import ImageSource, SeriesSource, Source, Subset
+from jepa_fast.data.sources import ImageSource, Joined, Lost, SeriesSource, Source, Subset
 from jepa_fast.data.streams import PROMISE, Stream, bring
 from jepa_fast.errors import UsageError
 
@@ -50,12 +50,17 @@ def open_stream(path: str, data: Data, seed: int) -> Parts:
             "--data.label_filter needs shards on this machine; copy them first: python -m jepa_fast.shards"
         )
     urls = [url for entry in finding.entries(path) for url in finding.expand(entry)]
-    first = Shards([bring(urls[0])])
+    first = Shards([bring(urls[0])], names=urls[:1])
     _refuse_other_kind(first, path, data)
     known = _labels([first])[0]
     shape = common_shape(first) if data.kind == "series" else ()
+
+    def opened(held: Shards) -> Source:
+        whole = _source(held, None, data, shape)
+        return Joined([whole, Lost(held.lost)], ["", ""]) if held.lost else whole
+
     stream = Stream(
-        urls, lambda held: _source(held, None, data, shape), _source(first, known, data, shape),
+        urls, opened, _source(first, known, data, shape),
         data.num_samples or len(first) * len(urls), seed,
     )  # fmt: skip
     about = "" if data.num_samples else f"; --data.num_samples is not given, {len(stream)} taken from the first shard"

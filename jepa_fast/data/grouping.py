@@ -89,18 +89,15 @@ class Samples:
             self.labels[row] = label if is_cls else self.labels[row]
             self.names[row] = self.names[row] or name
 
-    def finish(self) -> None:
-        """There are no more members."""
-        self._end_run()
-        self.lost += [(text(key), "no payload") for key in self._early]
-
-    def cut(self, member: bytes) -> None:
-        """The file breaks off in `member`: its sample is lost, unless its payload came before."""
+    def finish(self, damage: str = "", member: bytes = b"") -> None:
+        """There are no more members, or the file breaks off in one: its sample is lost, unless its payload came before."""
         self._end_run()
         key, _ = split_name(member)
         if key and key not in self._row_of:
             self._early.pop(key, None)
             self.lost.append((text(key), "the shard ends in the middle of it"))
+        why = "the shard ends before its payload" if damage else "no payload"
+        self.lost += [(text(key), why) for key in self._early]
 
 
 def _class_of(content: bytes) -> tuple[int, str]:

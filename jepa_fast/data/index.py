@@ -100,10 +100,10 @@ def _scan(file: Path, stamp: tuple[int, int]) -> Index:
         try:
             for member in members(window):
                 samples.add(member, window)
+            samples.finish()
         except TarDamage as error:
             damage = str(error)
-            samples.cut(error.member)
-        samples.finish()
+            samples.finish(damage, error.member)
     finally:
         os.close(descriptor)
     return _index_of(samples, stamp, damage)

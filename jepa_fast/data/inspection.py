@@ -24,6 +24,8 @@ class Trouble:
 
 def open_splits(path: str) -> dict[str, Shards]:
     """The shards of each split that `path` names. Raises UsageError."""
+    if any(map(finding.is_remote, finding.entries(path))):
+        raise UsageError(f"{path} is not on this machine; copy it first: python -m jepa_fast.shards SOURCE FOLDER")
     found = {name: split for name, split in finding.find(path).items() if split.files}
     if not found:
         raise UsageError(f"{path} holds no shard (.tar); give a folder, pattern or list of them")

@@ -46,7 +46,8 @@ class Shards:
         self.lost = _lost(self.shard_names, self.indexes, self.told)
         if not len(self):
             what = self.indexes[0].damage or f"holds no sample with a payload ({', '.join(PAYLOADS)})"
-            raise UsageError(f"shard {files[0]} {what}; copy it again, or take it out")
+            where = names[0] if names else files[0]
+            raise UsageError(f"shard {where} {what}; copy it again, or take it out")
 
     def __len__(self) -> int:
         return self.starts[-1]

@@ -163,6 +163,24 @@ class Subset:
         self.source.prepare(self.indices[indices])
 
 
+class Lost:
+    """Samples that are known to be gone, where they come to light only when their turn has come."""
+
+    labels, prepare = None, staticmethod(nothing)
+
+    def __init__(self, lost: list[tuple[str, str]]):
+        self.lost, self.counts = lost, Counts()  # (where, why)
+
+    def __len__(self) -> int:
+        return len(self.lost)
+
+    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
+        raise BadSample(self.lost[index][1], "lost")
+
+    def key(self, index: int) -> str:
+        return self.lost[index][0]
+
+
 class Joined:
     """Several sources, numbered one after the other. No labels: class 3 of one is not class 3 of another."""
 
@@ -191,7 +209,7 @@ class Joined:
 
     def key(self, index: int) -> str:
         k, place = self._place(index)
-        return f"{self.names[k]}: {self.sources[k].key(place)}"
+        return f"{self.names[k]}: {self.sources[k].key(place)}".removeprefix(": ")
 
     def prepare(self, indices: np.ndarray) -> None:
         for k, source in enumerate(self.sources):

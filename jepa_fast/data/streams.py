@@ -9,6 +9,7 @@ runs out before another; what it cannot do is begin in the middle: a resumed run
 import hashlib
 import itertools
 import os
+import re
 import shlex
 import time
 from collections import deque
@@ -137,7 +138,7 @@ class Stream:
             yield from order[self._rank :: self._size] if self._by_shard else order
 
     def _bring(self, url: str) -> Source:
-        return self._open(Shards([bring(url)]))
+        return self._open(Shards([bring(url)], names=[url]))
 
 
 def bring(url: str) -> Path:
@@ -154,6 +155,8 @@ def bring(url: str) -> Path:
             for partial in folder.glob(f"{_name(_transport(url))}.temp{os.getpid()}"):
                 partial.unlink(missing_ok=True)
     said = (str(trouble).splitlines() or [type(trouble).__name__])[0]
+    code = re.search(r"exit (\d+) \(read\)", said)  # the library's words for a command that failed
+    said = f"the command ended with {code[1]}" if code else said
     raise UsageError(f"cannot fetch shard {url} ({said}); check the URL, and the room in {folder}") from None
 
 
