@@ -104,3 +104,34 @@ def test_inputs_of_other_channels_lengths_or_widths_are_refused():
         JEPA(_small("demo")).context_encoder(torch.zeros(2, 1, 400))
     with pytest.raises(ValueError, match=r"context must be \[B, K, 32\]; it is \[2, 2, 16\]"):
         jepa.predictor(torch.zeros(2, 2, 16), torch.tensor([[0, 1]] * 2), torch.tensor([[2]] * 2))
+    with pytest.raises(ValueError, match="at least one"):
+        jepa.context_encoder(torch.zeros(0, 1, 32, 32))
+    with pytest.raises(ValueError, match="int32; give uint8"):  # pixels of 0 to 255 would be taken for normalised ones
+        jepa.context_encoder(torch.zeros(2, 1, 32, 32, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"max_len": 3}, "max_len is 3, but a sequence has 4 tokens"),  # would read its neighbours' tokens
+        ({"positions": torch.tensor([0, 1, 2, 3, 4, -1])}, "token -1; an input has tokens 0 to 63"),
+        ({"positions": torch.arange(5)}, r"6 packed patches and positions of \[5\]"),
+        ({"cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32)}, r"rise from 0 to the 6.*\[0, 2, 5\]"),
+        ({"cu_seqlens": torch.tensor([0, 4, 2, 6], dtype=torch.int32)}, "must rise"),
+    ],
+)
+def test_packed_tokens_that_do_not_fit_together_are_refused(wrong, says):
+    right = {"positions": torch.arange(6), "cu_seqlens": torch.tensor([0, 2, 6], dtype=torch.int32), "max_len": 4}
+    encoder = JEPA(_small("digits")).context_encoder
+    assert encoder.packed(torch.zeros(6, 16), **right).shape == (6, 32)
+    with pytest.raises(ValueError, match=says):
+        encoder.packed(torch.zeros(6, 16), **right | wrong)
+
+
+@pytest.mark.parametrize("name, shape", [("digits", (2, 1, 32, 32)), ("demo", (2, 1, 500))])
+def test_inputs_take_the_precision_of_the_weights(name, shape):
+    encoder, inputs = JEPA(_small(name)).context_encoder, torch.randn(*shape, dtype=torch.float64)
+    single = encoder(inputs)
+    double = encoder.double()(inputs)
+    assert single.dtype == torch.float32 and double.dtype == torch.float64
+    torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)

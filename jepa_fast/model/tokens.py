@@ -22,8 +22,10 @@ def patchify_images(images: Tensor, patch: int, keep: Tensor | None = None) -> T
 
 def image_grid(images: Tensor, patch: int) -> tuple[int, int]:
     """(rows, columns) of tokens. Raises ValueError if the patch does not divide the image."""
-    if images.dim() != 4:
-        raise ValueError(f"images must be [batch, channels, height, width]; they are {list(images.shape)}")
+    if images.dim() != 4 or not len(images):
+        raise ValueError(
+            f"images must be [batch, channels, height, width], at least one; they are {list(images.shape)}"
+        )
     h, w = images.shape[2:]
     if not h or not w or h % patch or w % patch:
         raise ValueError(
@@ -34,8 +36,8 @@ def image_grid(images: Tensor, patch: int) -> tuple[int, int]:
 
 def patchify_series(series: Tensor, num_patches: int, keep: Tensor | None = None) -> Tensor:
     """[B, C, L] -> [B, num_patches, C * (L // num_patches)], or of the kept patches; the remainder at the end is dropped."""
-    if series.dim() != 3:
-        raise ValueError(f"series must be [batch, channels, length]; they are {list(series.shape)}")
+    if series.dim() != 3 or not len(series):
+        raise ValueError(f"series must be [batch, channels, length], at least one; they are {list(series.shape)}")
     b, c, length = series.shape
     size = length // num_patches
     if size == 0:
@@ -89,7 +91,9 @@ class Tokenizer(nn.Module):
     def forward(self, inputs: Tensor, keep: Tensor | None = None) -> Tensor:
         """All patches [B, N, P], or those of the tokens int64 keep [B, K]: the others are never touched."""
         if self.kind == "series":
-            return patchify_series(inputs.float(), self.size, keep)
+            return patchify_series(inputs if inputs.is_floating_point() else inputs.float(), self.size, keep)
+        if inputs.dtype != torch.uint8 and not inputs.is_floating_point():
+            raise ValueError(f"images are {inputs.dtype}; give uint8 (0 to 255), or normalised floats")
         patches = patchify_images(inputs, self.size, keep)
         if patches.dtype != torch.uint8:
             return patches

@@ -117,7 +117,9 @@ class Encoder(nn.Module):
         """Features of packed tokens: patches [T, P], positions int64 [T], cu_seqlens int32 [B + 1] -> [T, D].
 
         bucket: the blocks run on that many rows (at least T, 0: on T), which changes no feature and keeps shapes static.
+        Raises ValueError, on a CPU, where these do not fit together; elsewhere looking would be a synchronisation.
         """
+        check_packed(patches, positions, cu_seqlens, max_len, len(self.positions))
         x = self._enter(self._embed(patches) + self.positions[positions])
         sequences = Sequences.of(cu_seqlens, max_len, len(x), bucket, uses_varlen(x))
         return self._leave(self._run(pad_rows(x, bucket), sequences)[: len(x)])
@@ -135,7 +137,7 @@ class Encoder(nn.Module):
                 f"patches of {patches.shape[-1]} numbers, channels included: this encoder was built for "
                 f"{self.patch_embed.in_features}; give inputs with its channels (and, of series, its length)"
             )
-        embedded: Tensor = self.patch_embed(patches)
+        embedded: Tensor = self.patch_embed(patches.to(self.patch_embed.weight.dtype))
         return embedded
 
     def _enter(self, x: Tensor) -> Tensor:
@@ -164,16 +166,37 @@ def pad_rows(x: Tensor, bucket: int) -> Tensor:
 
 def check_index(name: str, index: Tensor, batch: int, tokens: int) -> None:
     """Raises ValueError unless `index` is int64 [batch, K] of different token numbers below `tokens` in each row."""
-    if index.dim() != 2 or index.shape[0] != batch or index.shape[1] == 0 or index.dtype != torch.int64:
-        shape = f"int64 [{batch}, K] token numbers, K at least 1"
-        raise ValueError(f"{name} must be {shape}; it is {index.dtype} {list(index.shape)}")
+    what = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else f"a {type(index).__name__}"
+    if not isinstance(index, Tensor) or index.dim() != 2 or index.dtype != torch.int64:
+        raise ValueError(f"{name} must be an int64 tensor [{batch}, K] of token numbers; it is {what}")
+    if index.shape[0] != batch or index.shape[1] == 0:
+        raise ValueError(f"{name} must be int64 [{batch}, K] token numbers, K at least 1; it is {what}")
     if (
         index.device.type != "cpu"
     ):  # there the check would be a synchronisation, and gathers assert the range themselves
         return
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= tokens:
-        raise ValueError(f"{name} holds token {low if low < 0 else high}; an image has tokens 0 to {tokens - 1}")
+        raise ValueError(f"{name} holds token {low if low < 0 else high}; an input has tokens 0 to {tokens - 1}")
     twice = (index.sort(1).values.diff(dim=1) == 0).any(1)
     if twice.any():
         raise ValueError(f"{name} names a token twice in row {int(twice.nonzero()[0])}; give every token once")
+
+
+def check_packed(patches: Tensor, positions: Tensor, cu_seqlens: Tensor, max_len: int, tokens: int) -> None:
+    """Raises ValueError unless T patches have T positions below `tokens`, in sequences that end at T, none over max_len."""
+    total = len(patches)
+    if not total or positions.shape != (total,):
+        raise ValueError(
+            f"{total} packed patches and positions of {list(positions.shape)}: give one of each for every visible token"
+        )
+    if positions.device.type != "cpu":
+        return
+    low, high = int(positions.min()), int(positions.max())
+    if low < 0 or high >= tokens:
+        raise ValueError(f"positions hold token {low if low < 0 else high}; an input has tokens 0 to {tokens - 1}")
+    lengths = cu_seqlens.diff().tolist()
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or min(lengths) < 0:
+        raise ValueError(f"cu_seqlens must rise from 0 to the {total} packed tokens; it is {cu_seqlens.tolist()[:12]}")
+    if max(lengths) > max_len:
+        raise ValueError(f"max_len is {max_len}, but a sequence has {max(lengths)} tokens; give the longest or more")
