@@ -48,6 +48,17 @@ def test_the_report_measures_remarks_b1_and_b2(capsys):
     assert table["packed"][over] > 0.05, "the bound is for independent masks"
 
 
+def test_the_reports_usual_number_of_batches_settles_variances(capsys):
+    """Where a group shares its sizes, twenty groups told half of the variance of 1.5 times Bernoulli's."""
+    if masks.extension() is None:
+        pytest.skip("takes minutes without the C++ sampler")
+    ratios = []
+    for seed in "01":
+        assert masks.main(["--report", "--mode", "reference", "--seed", seed]) == 0
+        ratios.append(float(_tables(capsys.readouterr().out)[1]["reference"][4]))
+    assert ratios == pytest.approx([1.5, 1.5], abs=0.3)
+
+
 def test_the_report_takes_a_line_of_patches(capsys):
     assert masks.main(["--report", "--grid", "10", "--batch", "8", "--batches", "2"]) == 0
     assert [list(t) for t in _tables(capsys.readouterr().out)] == [list(TOKENS)] * 2
