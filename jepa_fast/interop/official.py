@@ -113,7 +113,9 @@ def _tensors(raw: dict[str, Any], part: str, where: str) -> dict[str, Tensor]:
     """The tensors of one part under our names, float32."""
     if not isinstance(raw.get(part), dict):
         held = ", ".join(sorted(map(str, raw))[:8]) or "nothing"
-        raise UsageError(f"{where} has no {part!r} (it holds {held}); is it a checkpoint of facebookresearch/ijepa?")
+        raise UsageError(
+            f"{where} has no {part!r} (it holds {held}); is it a checkpoint of facebookresearch/ijepa? which= reads one part"
+        )
     tensors = {}
     for key, value in raw[part].items():
         name = re.sub(r"^(module\.|_orig_mod\.)+", "", str(key))
@@ -141,9 +143,11 @@ def _config(parts: dict[str, dict[str, Tensor]], heads: int | None, predictor_he
         if predictor is not None:
             narrow, width = predictor["embed.weight"].shape
             narrow_hidden = predictor["blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError, IndexError) as error:
+    except KeyError as error:
+        raise UsageError(f"{where} is no ViT of facebookresearch/ijepa: it has no {error.args[0]}") from None
+    except (ValueError, IndexError):
         raise UsageError(
-            f"{where} is no ViT of facebookresearch/ijepa: {_first_line(error)} is missing or misshapen"
+            f"{where} is no ViT of facebookresearch/ijepa: a weight is no matrix, or the patch embedding no convolution"
         ) from None
     side = math.isqrt(tokens)
     if side**2 != tokens:
@@ -187,9 +191,8 @@ def _fill(module: Encoder | Predictor, tensors: dict[str, Tensor], data: Data, w
         if value.shape != home.shape:
             raise UsageError(f"{where}: {name} is {list(tensor.shape)}, expected {list(home.shape)}")
         home.data.copy_(value)
-    if not torch.allclose(
-        module.get_buffer("positions"), sincos_table(module.grid, own["norm.weight"].numel()), atol=1e-3
-    ):
+    fixed = sincos_table(module.grid, own["norm.weight"].numel())
+    if not torch.allclose(module.get_buffer("positions"), fixed, atol=4e-3):  # bf16 rounds numbers near 1 by 2e-3
         warnings.warn(f"{where}: positions are no fixed sin-cos table; use it at its own image size only", stacklevel=3)
 
 
