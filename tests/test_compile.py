@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_fast import parallel
+from jepa_fast import parallel, schedules
 from jepa_fast.config import check, replace
 from jepa_fast.data.masks import sample_masks
-from jepa_fast.data.packing import Ladder, plan
+from jepa_fast.data.packing import Ladder, ladder, plan
 from jepa_fast.errors import UsageError
+from jepa_fast.model import compile
+from jepa_fast.model.attention import Sequences
 from jepa_fast.model.compile import compile_blocks, compiles, num_graphs, warm_up
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import Examination
@@ -77,6 +79,40 @@ def test_after_warm_up_nothing_is_compiled_and_values_are_those_of_eager_blocks(
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert len(totals) > 5 and num_graphs() == graphs
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def _paths(chosen):
+    """Whether attention takes the dense path in the encoder, the predictor and its last block: a graph depends on it."""
+    context = Sequences.of(chosen.context_cu, chosen.context_max, len(chosen.context_index), chosen.context_bucket)
+    total, bucket = len(chosen.predictor_order), chosen.predictor_bucket
+    inner, last = (
+        Sequences.of(chosen.predictor_cu, chosen.predictor_max, total, b, compiled=True) for b in (bucket, 0)
+    )
+    queries = Sequences.of(chosen.target_cu, chosen.target_max, len(chosen.target_index), compiled=True)
+    return context.uniform, inner.uniform, last.uniform, queries.uniform
+
+
+@pytest.mark.parametrize(
+    "name, changes, dense",
+    [
+        ("textures", {"masks.mode": "packed"}, (False, False, False, False)),  # some batches have only largest targets
+        ("textures", {"masks.mode": "fixed"}, (False, False, False, False)),
+        ("textures", {"masks.mode": "subsampled"}, (True, False, False, False)),
+        ("demo", {}, (True, True, True, True)),
+        ("demo", {"masks.schedule": "linear", "masks.final_ratio": 0.5}, (False, True, True, False)),
+        ("demo", {"masks.mode": "bernoulli", "masks.min_keep": 2}, (False, True, True, False)),
+    ],
+)
+def test_a_batch_that_happens_to_be_dense_takes_the_path_of_the_others(name, changes, dense):
+    config = check(replace(preset(name), {"train.batch_size": 16} | changes))
+    rungs, steps = ladder(config, 16), 60
+    plans = list(compile._plans(config, rungs, 16))
+    for step in range(steps + 1):
+        samples = np.arange(16) + 16 * step
+        masks = schedules.masks(config.masks, step, steps)
+        drawn = sample_masks(masks, config.grid, config.train.seed, step, np.zeros_like(samples), samples)
+        plans.append(plan(drawn, config.num_tokens, rungs))
+    assert {_paths(each) for each in plans} == {dense}
 
 
 def test_an_examination_compiles_nothing():

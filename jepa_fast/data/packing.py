@@ -141,30 +141,35 @@ def ladder(config: Config, share: int) -> Ladder:
 
     Learnt by drawing masks as the run will, so that every process builds the same. One rung where totals cannot vary.
     """
-    grid = config.grid
-    ends = [schedules.masks(config.masks, end, 1) for end in (0, 1)]  # of a schedule
     batch = max(share, config.train.batch_size)
-    context, predictor = [], []
+    context, predictor, targets = [], [], set[int]()
     draws = max(8, min(800, SIMULATED[extension() is not None] // max(share, config.masks.group)))
     for step in range(draws):
         samples = np.arange(step * batch, (step + 1) * batch)
         masks = schedules.masks(config.masks, step, draws - 1)
-        drawn = sample_masks(masks, grid, config.train.seed, step, np.zeros_like(samples), samples, 0, share)
+        drawn = sample_masks(masks, config.grid, config.train.seed, step, np.zeros_like(samples), samples, 0, share)
         context.append(len(drawn.context))
         predictor.append(drawn.num_targets * len(drawn.context) + len(drawn.targets))
-    longest_context, longest_target = (
-        max(each) for each in zip(*(reference.longest(end, grid) for end in ends), strict=True)
-    )
-    longest = min(longest_context + longest_target, 2 * math.prod(grid))
-    if masks.mode == "random":
-        longest = math.prod(grid)
+        targets |= set(drawn.target_lengths.tolist())
+    longest_context, longest_target = longest(config)
+    together = min(longest_context + longest_target, config.num_tokens)  # they do not overlap
+    context_rungs = _rungs(context, share * longest_context)
+    predictor_rungs = _rungs(predictor, share * drawn.num_targets * together)
+    # Where lengths vary, a bound that none reaches: a batch of longest ones only would be a dense one, and need another graph.
     return Ladder(
-        _rungs(context, share * longest_context),
-        _rungs(predictor, share * drawn.num_targets * longest),
-        longest_context,
-        longest,
-        longest_target,
+        context_rungs,
+        predictor_rungs,
+        longest_context + (len(context_rungs) > 1),
+        together + (len(predictor_rungs) > 1),
+        longest_target + (targets != {longest_target}),
     )
+
+
+def longest(config: Config) -> tuple[int, int]:
+    """Bounds on the tokens of one context and of one target block over the whole run."""
+    ends = [schedules.masks(config.masks, end, 1) for end in (0, 1)]
+    context, target = zip(*(reference.longest(end, config.grid) for end in ends), strict=True)
+    return max(context), max(target)
 
 
 def _rungs(totals: list[int], most: int) -> tuple[int, ...]:

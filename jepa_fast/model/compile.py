@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from jepa_fast.config import Config
-from jepa_fast.data.masks import sample_masks
-from jepa_fast.data.packing import Ladder, MaskPlan, plan
+from jepa_fast.data import masks_reference as reference
+from jepa_fast.data.masks import MaskBatch, sample_masks
+from jepa_fast.data.masks_reference import BLOCKLESS
+from jepa_fast.data.packing import Ladder, MaskPlan, longest, plan
 from jepa_fast.model.jepa import JEPA
 
 LIMIT = 128  # graphs that one piece of code may have; dynamo's own limit of 8 is for shapes that were not planned
@@ -59,17 +61,27 @@ def warm_up(
 
 
 def _plans(config: Config, ladder: Ladder, share: int) -> Iterator[MaskPlan]:
-    """A usual batch, then one token an image under every rung's bucket: the rows behind the tokens fill it."""
+    """A usual batch, then one of the shortest sequences under every rung's bucket: the rows behind the tokens fill it."""
     samples = np.arange(max(share, config.train.batch_size))
     masks = sample_masks(config.masks, config.grid, config.train.seed, 0, np.zeros_like(samples), samples, 0, share)
     yield plan(masks, config.num_tokens, ladder)
-    firsts = np.cumsum(masks.context_lengths) - masks.context_lengths
-    single = dataclasses.replace(masks, context=masks.context[firsts], context_lengths=np.ones_like(firsts))
-    few = plan(single, config.num_tokens, ladder)
+    shown, hidden = _fewest(config)
+    every, blocks = np.ones(share, np.int64), share * masks.num_targets
+    short = MaskBatch(
+        np.tile(np.arange(shown), share), every * shown, np.tile(np.arange(hidden), blocks), every * hidden, masks.num_targets
+    )  # fmt: skip
+    few = plan(short, config.num_tokens, ladder)
     for i in range(max(len(ladder.context), len(ladder.predictor))):
         context, predictor = (rungs[min(i, len(rungs) - 1)] for rungs in (ladder.context, ladder.predictor))
-        if context >= len(few.context_index) and predictor >= len(few.predictor_order):
-            yield dataclasses.replace(few, context_bucket=context, predictor_bucket=predictor)
+        yield dataclasses.replace(few, context_bucket=context, predictor_bucket=predictor)
+
+
+def _fewest(config: Config) -> tuple[int, int]:
+    """Tokens of a context and of a target block that no bucket is too small for. What never varies is as always."""
+    if config.masks.mode in BLOCKLESS:
+        hidden = longest(config)[1]
+        return config.num_tokens - hidden, hidden
+    return reference.kept(config.masks, config.grid) or 1, 1
 
 
 def eager() -> AbstractContextManager:
