@@ -58,7 +58,9 @@ def measure(bench: Bench, shape: str, heads: int, lengths: list[int], dtype: tor
     leaves = [x.requires_grad_() for x in (q, k, v)]
     ways: dict[str, Callable[[], Tensor]] = {
         "one_at_a_time": lambda: one_at_a_time(q, k, v, lengths),
-        "ours": lambda: attend(q, k, v, *[Sequences.of(cu, longest, total, varlen=attention.uses_varlen(q))] * 2),
+        "ours": lambda: attend(
+            q, k, v, *[Sequences.of(cu, longest, total, varlen=attention.uses_varlen(q, q.shape[2]))] * 2
+        ),
         "padded": lambda: attend(q, k, v, *[Sequences.of(cu, longest, total, bucket=total)] * 2),
         "block_diagonal": lambda: block_diagonal(q, k, v, cu, total),
     }

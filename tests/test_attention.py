@@ -49,7 +49,7 @@ def flash(monkeypatch):
     stand_in = FlashAttn()
     monkeypatch.setattr(attention, "_VARLEN", stand_in)
     for module in (vit, predictor):
-        monkeypatch.setattr(module, "uses_varlen", lambda x: True)
+        monkeypatch.setattr(module, "uses_varlen", lambda x, head_width: True)
     return stand_in
 
 
@@ -87,7 +87,7 @@ def test_a_variable_length_kernel_is_called_by_its_contract_and_gives_the_padded
         assert {call[2] for call in flash.calls[:depth]} == {4 + math.ceil(300 / 63)}
 
     for module in (vit, predictor):
-        monkeypatch.setattr(module, "uses_varlen", lambda x: False)
+        monkeypatch.setattr(module, "uses_varlen", lambda x, head_width: False)
     for a, b in zip(got, _values(jepa, inputs, plan(masks, 64)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -101,7 +101,7 @@ def test_torchs_own_kernel_takes_the_same_seven_arguments():
 
 def test_it_has_no_cpu_kernel_which_is_why_cpus_take_padded_batches():
     assert attention.choose_backend.__wrapped__(torch.device("cpu"), True) == ("sdpa", "no CUDA device: padded batches")
-    assert not attention.uses_varlen(torch.zeros(2, 2, dtype=torch.bfloat16))
+    assert not attention.uses_varlen(torch.zeros(2, 2, dtype=torch.bfloat16), 64)
 
 
 def test_the_backend_and_its_reason_on_cuda(monkeypatch):
@@ -114,6 +114,7 @@ def test_the_backend_and_its_reason_on_cuda(monkeypatch):
         ("_REASON", "torch's variable-length flash kernel"),
     ):
         monkeypatch.setattr(attention, name, reason)
+    attention._has_flash.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose(cuda, False)[0] == "sdpa"
     assert choose(cuda, True) == ("varlen_attn", "torch's variable-length flash kernel")
@@ -128,6 +129,20 @@ def test_the_backend_and_its_reason_on_cuda(monkeypatch):
 
     monkeypatch.setattr(torch_attention, "activate_flash_attention_impl", absent, raising=False)
     assert "FlashAttention 2 (3 is not available: No module named 'flash_attn_interface')" in choose(cuda, True)[1]
+
+
+def test_heads_and_gpus_that_the_kernel_refuses_take_padded_batches(monkeypatch):
+    class OnCuda:
+        is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda")
+
+    monkeypatch.setattr(attention, "_VARLEN", FlashAttn())
+    for capability, wide in (((8, 0), True), ((7, 5), False)):
+        attention._has_flash.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert [attention.uses_varlen(OnCuda(), width) for width in (24, 64, 256)] == [wide] * 3
+        assert not any(attention.uses_varlen(OnCuda(), width) for width in (25, 12, 264))
+    assert attention.choose_backend.__wrapped__(OnCuda.device, True)[1].startswith("a GPU before Ampere")
+    attention._has_flash.cache_clear()
 
 
 @pytest.mark.parametrize("bucket, long", [(0, 64), (30, 64), (0, 1)])

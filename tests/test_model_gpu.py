@@ -73,7 +73,7 @@ def test_cuda_gives_what_a_cpu_gives(mode, half, tolerance):
 def test_the_variable_length_kernel_gives_the_padded_batchs_values(monkeypatch):
     config, jepa, inputs = _case()
     chosen, jepa, inputs = plan(_masks(config), config.num_tokens).to(CUDA), jepa.to(CUDA), inputs.to(CUDA)
-    assert attention.uses_varlen(torch.zeros(1, device=CUDA, dtype=torch.bfloat16)), "there is no kernel to test"
+    assert attention.uses_varlen(torch.zeros(1, device=CUDA, dtype=torch.bfloat16), 64), "there is no kernel to test"
     ragged = _values(jepa, inputs, chosen, True)
     monkeypatch.setattr(attention, "_VARLEN", None)
     _near(ragged, _values(jepa, inputs, chosen, True), 0.02)

@@ -128,6 +128,8 @@ def choose_backend(device: torch.device, half: bool) -> tuple[str, str]:
         return "sdpa", _REASON if device.type == "cuda" else "no CUDA device: padded batches"
     if not half:
         return "sdpa", "fp32: the variable-length kernels take fp16 and bf16 only"
+    if not _has_flash(device):
+        return "sdpa", "a GPU before Ampere: the variable-length kernels need compute capability 8.0"
     if _NAME != "varlen_attn" or torch.cuda.get_device_capability(device)[0] != 9:
         return _NAME, _REASON
     return _NAME, f"{_REASON}, {_activate_flash3()}"
@@ -146,9 +148,25 @@ def _activate_flash3() -> str:
         return f"FlashAttention 2 (3 is not available: {str(error).splitlines()[0]})"
 
 
-def uses_varlen(x: Tensor) -> bool:
-    """Whether attention on the features x will go to a variable-length kernel: half precision, on CUDA."""
-    return _VARLEN is not None and x.is_cuda and (x.dtype in HALF or torch.is_autocast_enabled("cuda"))
+def uses_varlen(x: Tensor, head_width: int) -> bool:
+    """Whether attention on the features x goes to a variable-length kernel; else ragged sequences are padded for SDPA.
+
+    The kernels take half precision on CUDA, from Ampere on, and heads of 8, 16, ... 256 features.
+    """
+    half = x.dtype in HALF or torch.is_autocast_enabled("cuda")
+    return (
+        _VARLEN is not None
+        and x.is_cuda
+        and half
+        and head_width % 8 == 0
+        and head_width <= 256
+        and _has_flash(x.device)
+    )
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences) -> Tensor:

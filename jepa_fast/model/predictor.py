@@ -27,6 +27,7 @@ class Predictor(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.grid = grid
+        self.head_width = width // heads
         self.residual = residual  # as Encoder's
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))  # 3-D, so that weight decay applies as in ijepa
@@ -59,7 +60,7 @@ class Predictor(nn.Module):
         """All target blocks of a batch in one pass: context [Tc, D] -> predictions [Tt, D], in the plan's target order."""
         x = torch.cat([self._place(context, plan.context_index), self._hidden(plan.target_index)])  # [Tc + Tt, W]
         x = self._enter(x).index_select(0, plan.predictor_order)  # [Tp, W]
-        varlen, rows, bucket = uses_varlen(x), plan.predictor_targets, plan.predictor_bucket
+        varlen, rows, bucket = uses_varlen(x, self.head_width), plan.predictor_targets, plan.predictor_bucket
         last = Sequences.of(plan.predictor_cu, plan.predictor_max, len(x), varlen=varlen, compiled=bucket > 0)
         queries = Sequences.of(plan.target_cu, plan.target_max, len(rows), varlen=varlen, compiled=bucket > 0)
         sequences = Sequences.of(plan.predictor_cu, plan.predictor_max, len(x), bucket, varlen) if bucket else last

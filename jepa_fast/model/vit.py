@@ -84,6 +84,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.grid = grid
+        self.head_width = width // heads
         self.residual = residual  # fp32 (whatever the products are in), or bf16 under autocast
         self.patch_embed = nn.Linear(patch_dim, width)
         self.register_buffer("positions", sincos_table(grid, width), persistent=False)  # [N, D]
@@ -121,7 +122,7 @@ class Encoder(nn.Module):
         """
         check_packed(patches, positions, cu_seqlens, max_len, len(self.positions))
         x = self._enter(self._embed(patches) + self.positions[positions])
-        sequences = Sequences.of(cu_seqlens, max_len, len(x), bucket, uses_varlen(x))
+        sequences = Sequences.of(cu_seqlens, max_len, len(x), bucket, uses_varlen(x, self.head_width))
         return self._leave(self._run(pad_rows(x, bucket), sequences)[: len(x)])
 
     def _dense(self, patches: Tensor, positions: Tensor) -> Tensor:
