@@ -181,3 +181,28 @@ def test_sequences_of_one_length_share_a_call_and_gradients_are_those_of_a_padde
     assert calls == [(3, 2, 40, 8), (2, 2, 7, 8), (1, 2, 90, 8), (1, 2, 40, 8), (7, 2, 90, 8)]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "asking, answering",
+    [
+        ([90, 90, 80, 80], [120, 120, 120, 120]),  # two groups whose contexts and targets add up to the same
+        ([90, 90, 80, 80], [97, 98, 99, 96]),
+        ([9] * 30, list(range(30, 60))),
+        ([70] * 15 + [71] * 15, list(range(80, 110))),  # keys too ragged for calls of their own, queries not
+    ],
+)
+def test_queries_and_keys_may_differ_in_how_ragged_they_are(asking, answering, monkeypatch):
+    """Whichever of a dense batch, calls of their own or padding either would take by itself."""
+    cu_q, cu_k = (torch.tensor([0, *np.cumsum(n)], dtype=torch.int32) for n in (asking, answering))
+    torch.manual_seed(0)
+    q = torch.randn(sum(asking), 2, 8)
+    k, v = torch.randn(2, sum(answering), 2, 8).unbind(0)
+    for long in (1, 64, 10**6):
+        monkeypatch.setattr(attention, "LONG", long)
+        got = attend(q, k, v, Sequences.of(cu_q, max(asking), len(q)), Sequences.of(cu_k, max(answering), len(k)))
+        for s in range(len(asking)):
+            rows, keys = slice(*cu_q[s : s + 2]), slice(*cu_k[s : s + 2])
+            scores = torch.einsum("nhd,mhd->hnm", q[rows], k[keys]) / math.sqrt(8)
+            expected = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v[keys])
+            torch.testing.assert_close(got[rows], expected, rtol=1e-4, atol=1e-5)

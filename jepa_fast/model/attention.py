@@ -173,7 +173,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences)
     """softmax(q k^T / sqrt(d)) v inside each sequence: q [Tq, H, d], k and v [T, H, d] -> [Tq, H, d]."""
     if _VARLEN is not None and keys.slots is None and not (queries.uniform and keys.uniform):
         return _VARLEN(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_len, keys.max_len)
-    if keys.lengths is not None:
+    if keys.lengths is not None or queries.lengths is not None:  # one of them may be uniform, or too ragged for it
         return _length_by_length(q, k, v, queries, keys)
     out = F.scaled_dot_product_attention(queries.batch(q), keys.batch(k), keys.batch(v), attn_mask=keys.mask)
     return queries.unbatch(out)
@@ -181,9 +181,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences)
 
 def _length_by_length(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences) -> Tensor:
     """A call for each run of neighbouring sequences with equally many queries and keys, without padding or mask."""
-    assert keys.lengths is not None
-    asking = queries.lengths or tuple(queries.cu_seqlens.diff().tolist())
-    runs = [(*pair, len(list(same))) for pair, same in groupby(zip(asking, keys.lengths, strict=True))]
+    asking, answering = (each.lengths or tuple(each.cu_seqlens.diff().tolist()) for each in (queries, keys))
+    runs = [(*pair, len(list(same))) for pair, same in groupby(zip(asking, answering, strict=True))]
     of_queries, of_keys = [n * count for n, _, count in runs], [n * count for _, n, count in runs]
     out = []
     for (_, _, count), *parts in zip(runs, q.split(of_queries), k.split(of_keys), v.split(of_keys), strict=True):
