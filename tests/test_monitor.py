@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 
+from jepa_fast.config import replace
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import Examination, bound, discrepancy, probes, spectrum
 from jepa_fast.monitor.views import FixedMasks
@@ -186,10 +187,10 @@ def test_the_terms_of_gamma_are_what_they_are_called():
 
 
 def test_a_fixed_number_of_hidden_tokens_varies_less_than_bernoullis_and_blocks_vary_more():
-    """Remarks B.1 and B.2, for the masks in use: 7 of 10 exactly, and I-JEPA's blocks on 14 x 14 tokens."""
+    """Remarks B.1 and B.2: 7 of 10 exactly, and blocks on 14 x 14 tokens that no group cuts."""
     count = {}
-    for name, num_tokens in (("demo", 10), ("in1k-vitb16", 196)):
-        masks = FixedMasks(preset(name)).plan(400, 0)
+    for name, mode, num_tokens in (("demo", "random", 10), ("in1k-vitb16", "packed", 196)):
+        masks = FixedMasks(replace(preset(name), {"masks.mode": mode})).plan(400, 0)
         hidden = num_tokens - masks.context_cu.diff().double()
         p = float(hidden.mean()) / num_tokens
         count[name] = float(hidden.var()) / (num_tokens * p * (1 - p))
