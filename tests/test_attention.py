@@ -206,3 +206,17 @@ def test_queries_and_keys_may_differ_in_how_ragged_they_are(asking, answering, m
             scores = torch.einsum("nhd,mhd->hnm", q[rows], k[keys]) / math.sqrt(8)
             expected = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v[keys])
             torch.testing.assert_close(got[rows], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cpu_tensors_never_reach_the_gpus_kernel(monkeypatch):
+    """On a machine that has one: an encoder used on the CPU, ragged or padded."""
+
+    def on_cpu(*_args):
+        raise AssertionError("a CPU tensor in a CUDA kernel")
+
+    monkeypatch.setattr(attention, "_VARLEN", on_cpu)
+    q = torch.randn(23, 2, 8)
+    for long, cu in ((1, [0, 5, 6, 23]), (64, [0, 5, 6, 23]), (64, [0, 23])):
+        monkeypatch.setattr(attention, "LONG", long)
+        sequences = Sequences.of(torch.tensor(cu, dtype=torch.int32), 23, 23, varlen=attention.uses_varlen(q, 8))
+        assert attend(q, q, q, sequences, sequences).isfinite().all()

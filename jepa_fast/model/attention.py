@@ -38,6 +38,7 @@ class Sequences:
     )
     mask: Tensor | None = None  # bool [S, 1, 1, n], which slots hold a token
     lengths: tuple[int, ...] | None = None  # of the S sequences, where each length is to have a call of its own
+    varlen: bool = False  # for a variable-length kernel
 
     @staticmethod
     def of(
@@ -58,7 +59,7 @@ class Sequences:
             if bucket:  # as many spare sequences as the bucket could ever need, so that their number is constant
                 spare = torch.arange(1, -(-bucket // max_len) + 1, dtype=torch.int32, device=device)
                 cu_seqlens = torch.cat([cu_seqlens, (total + spare * max_len).clamp_(max=bucket).int()])
-            return Sequences(cu_seqlens, count, max_len, uniform=False)
+            return Sequences(cu_seqlens, count, max_len, uniform=False, varlen=True)
         if not bucket and not compiled and device.type == "cpu":
             lengths = tuple(cu_seqlens.diff().tolist())
             if sum(1 for _ in groupby(lengths)) * LONG <= total:
@@ -171,7 +172,8 @@ def _has_flash(device: torch.device) -> bool:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences) -> Tensor:
     """softmax(q k^T / sqrt(d)) v inside each sequence: q [Tq, H, d], k and v [T, H, d] -> [Tq, H, d]."""
-    if _VARLEN is not None and keys.slots is None and not (queries.uniform and keys.uniform):
+    if queries.varlen or keys.varlen:  # one of them may be uniform
+        assert _VARLEN is not None
         return _VARLEN(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_len, keys.max_len)
     if keys.lengths is not None or queries.lengths is not None:  # one of them may be uniform, or too ragged for it
         return _length_by_length(q, k, v, queries, keys)
