@@ -141,6 +141,17 @@ def test_alpha_req_finds_the_exponent_and_is_silent_where_it_would_lie():
     assert math.isnan(spectrum.alpha_req(normal(12, 120)))  # too few inputs
 
 
+def test_alpha_req_of_a_narrow_encoder_does_without_the_direction_that_its_layer_norm_takes():
+    scale = torch.arange(1, 65).float() ** -0.5
+    normed = F.layer_norm(normal(4000, 64) * scale, (64,))
+    values = np.sort(np.linalg.eigvalsh(np.cov(normed.double().numpy().T)))[::-1]
+    assert values[-1] < 1e-12
+    slope = np.polyfit(np.log(np.arange(11, 64)), np.log(values[10:63]), 1)[0]
+    assert spectrum.alpha_req(normed) == pytest.approx(-slope, rel=1e-6)
+    collapsed = normal(300, 15) @ normal(15, 64, seed=1)
+    assert math.isnan(spectrum.alpha_req(F.layer_norm(collapsed, (64,))))
+
+
 @pytest.mark.parametrize("shape", [(60, 3, 10), (9, 4, 40)])
 def test_lidar_is_the_papers(shape):
     n, q, d = shape
@@ -280,6 +291,20 @@ def test_an_examination_finds_what_is_there_to_find():
     restored = examination()
     restored.load_state_dict(first.state_dict())
     assert restored.untrained == first.untrained
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_not_finite_have_no_value_and_stop_no_training(value):
+    jepa = JEPA(preset("demo"))
+    jepa.target_encoder.norm.bias.data[3] = value
+    probe_set = probes.collect(Labelled(60, 3), Labelled(30, 3), 3, 60, 30)
+    record = Examination(
+        jepa.context_encoder, jepa.target_encoder, probe_set.test, probe_set=probe_set, views=FixedMasks(preset("demo"))
+    ).look()
+    lost = ("probe/target", "probe/target/knn", "rankme", "participation", "content", "lidar", "discrepancy/full")
+    assert all(not math.isfinite(record[key]) for key in (*lost, "mismatch/excess"))
+    kept = ("probe/context", "probe/untrained", "probe/majority", "rankme/context", "content/context", "lidar/context")
+    assert all(math.isfinite(record[key]) for key in kept)
 
 
 def test_an_examination_leaves_the_encoders_as_they_were():

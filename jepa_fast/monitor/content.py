@@ -5,6 +5,8 @@ the labels name; this asks whether they hold what varies most between the inputs
 The measure is ours.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,10 @@ def content(features: Tensor, signature: Tensor) -> float:
 
     The root of the share of the signature's variance that is predicted, each input being left out of the fit that
     predicts it (in closed form), each component at the best of four penalties. Independent of the features' scale.
+    NaN of features that are not finite.
     """
+    if not features.isfinite().all():
+        return math.nan
     x, y = features.double(), signature.to(features.device)
     x, y = (x - x.mean(0)) / x.std(0).clamp(min=1e-8), y - y.mean(0)
     total = (1 - 1 / len(x)) ** -2 * y.square().sum(0)  # errors of the mean of the other inputs

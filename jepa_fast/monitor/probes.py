@@ -4,6 +4,7 @@ In: a fixed labelled set and an encoder. Out: accuracies as fractions, by protoc
 standardised features (the headline), ridge on raw features, kNN; the protocol can change the verdict.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,8 +61,10 @@ def score(x: Tensor, test: Tensor, probe: ProbeSet, config: Monitor) -> dict[str
     """Accuracies of pooled features, training x [n, D] and test [m, D].
 
     '': ridge on standardised features, '/balanced': its mean recall over classes, '/raw': ridge on features as they
-    are, '/knn'.
+    are, '/knn'. NaN all, if a feature is not finite: such features have no accuracy, not a low one.
     """
+    if not (x.isfinite().all() and test.isfinite().all()):
+        return dict.fromkeys(("", "/balanced", "/raw", "/knn"), math.nan)
     y, truth = probe.train_labels.to(x.device), probe.test_labels.to(x.device)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-8)
     standardised = ridge_predict((x - mean) / std, y, (test - mean) / std, probe.num_classes, config.ridge)
