@@ -139,17 +139,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ratio", type=float, default=0.7, help="share of hidden tokens, p")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--width", type=int, default=64, help="features of a token, D")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--activation", choices=sorted(ACTIVATIONS), default="relu")
     parser.add_argument("--run.dir", dest="folder", default="", help="default: runs/theorem-<n>")
     args = parser.parse_args(argv)
-    if not 0 <= args.decay <= 1 or not 0 < args.ratio < 1 or args.steps < 1 or not args.lr > 0:
-        raise UsageError("--decay must lie in [0, 1], --ratio between 0 and 1, --steps and --lr above 0")
+    if not 0 <= args.decay <= 1 or not 0 < args.ratio < 1 or min(args.steps, args.width) < 1 or not args.lr > 0:
+        raise UsageError("--decay must lie in [0, 1], --ratio between 0 and 1, --steps, --width and --lr above 0")
     folder = Path(args.folder) if args.folder else rundir.next_free("theorem")
     if (folder / "metrics.jsonl").exists():
         raise UsageError(f"{folder} already holds a run: give another --run.dir")
     records = run(tokens(), folder, decay=args.decay, ratio=args.ratio, steps=args.steps, lr=args.lr, seed=args.seed,
-                  activation=args.activation)  # fmt: skip
+                  width=args.width, activation=args.activation)  # fmt: skip
     ratios = [r["bound/gamma"] / r["bound/measured"] for r in records]
     violations = sum(int(r["bound/violations"]) for r in records)
     print(f"one layer, decay {args.decay:g}, ratio {args.ratio:g}: the bound held on every input" if not violations else

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from jepa_fast import report
-from jepa_fast.config import to_json
+from jepa_fast.cli import parse
+from jepa_fast.config import replace, to_json
 from jepa_fast.monitor import phase
 from jepa_fast.presets import preset
 from jepa_fast.report import coverage
@@ -281,16 +282,26 @@ def test_what_lies_behind_the_glance_has_sections_of_its_own(tmp_path):
 @pytest.mark.parametrize(("name", "says"), [
     ("demo", "remark B.1, which models it as random, does not describe"),
     ("in1k-vitb16", "Blocks vary more than independent tokens, as remark B.2 says"),
+    ("textures --masks.mode reference", "cut to a common number of tokens these do not"),
 ])  # fmt: skip
 def test_the_masks_in_use_stand_beside_remarks_b1_and_b2(name, says):
-    config = preset(name)
+    config = parse(name.split()).config
     found = coverage.coverage(config)
     assert found.visible.shape == found.target.shape == (config.num_tokens,)
     assert found.hidden.mean() == pytest.approx((1 - found.visible).sum(), rel=1e-6)
-    assert found.target.min() > 0 and found.target.max() <= 1
+    assert found.target.max() <= 1
+    assert (found.target.min() > 0) == (config.masks.mode != "reference")  # which never uses the last row and column
     assert says in " ".join(coverage.sentences(found))
     image = np.asarray(_drawn(coverage.coverage_figure(found)))
     assert image.std() > 10
+
+
+@pytest.mark.parametrize("patches", [20, 40])
+def test_independent_tokens_are_not_called_blocks_where_chance_makes_them_vary_more(patches):
+    config = replace(preset("demo"), {"masks.mode": "bernoulli", "model.num_patches": patches, "masks.ratio": 0.5})
+    found = coverage.coverage(config)
+    assert found.hidden.var() > found.bernoulli_variance
+    assert "locks" not in " ".join(coverage.sentences(found))
 
 
 def _drawn(figure):
