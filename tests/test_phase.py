@@ -1,6 +1,7 @@
 """The phase detector: what it calls on curves whose story is known, and that it never looks ahead."""
 
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa_fast.monitor import phase
+from jepa_fast.monitor.phase import curves, shapes
 
 STEPS = np.arange(0, 2000, 10)
 
@@ -195,7 +197,7 @@ def test_what_is_called_by_a_step_does_not_depend_on_what_comes_later(moves, cut
     assert phase.detect(prefix) == known
 
 
-RUBBISH = [None, math.nan, math.inf, -1.0, 0, 0.0, True, "0.3", [], 1e308, -1e308, 5e-324]
+RUBBISH = [None, math.nan, math.inf, -1.0, 0, 0.0, True, "0.3", [], {}, 1e308, -1e308, 5e-324, 10**400, -(10**400)]
 
 
 @pytest.mark.parametrize("key", ["loss", "spread", "discrepancy/visible", "probe/target", "probe/untrained"])
@@ -204,8 +206,45 @@ def test_rubbish_and_missing_values_are_passed_over(key):
     spoilt = [dict(r) for r in clean]
     for i, value in enumerate(RUBBISH):
         spoilt.insert(20 + 3 * i, {"step": spoilt[20 + 3 * i - 1]["step"] + 1, key: value})
-    spoilt += [{"loss": 0.5}, {"step": None}, {"step": math.nan, "loss": 1.0}, {"step": "7", "loss": 1.0}, {}]
+    spoilt += [
+        None,
+        [],
+        "step",
+        3,
+        {"step": 10**400},
+        {"loss": 0.5},
+        {"step": None},
+        {"step": math.nan, "loss": 1.0},
+        {"step": "7", "loss": 1.0},
+        {},
+    ]
     assert kinds(spoilt) == kinds(clean) == ["loss_minimum"]
+
+
+def test_a_curve_without_any_noise_is_as_sure_as_can_be():
+    """Noise of next to nothing, which a square of the ratio would not survive."""
+    values = [2.0, 1.0, 0.5 + 1e-14, 0.5, 0.5, 0.5, 0.5, 0.5 + 1e-15, 4.0, 4.0, 4.0, 4.0, 4.0]
+    events = phase.detect({"step": 10 * i, "loss": v * (1 + 1e-16)} for i, v in enumerate(values))
+    assert all(0 <= e.confidence <= 1 for e in events)
+    assert curves.confidence(1.0, 1e-200, 3) == curves.confidence(1.0, 0.0, 3) == 0.8
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=50))
+@settings(max_examples=50, deadline=None)
+def test_the_running_median_is_the_median(values):
+    median = curves.Median()
+    for count, value in enumerate(values, start=1):
+        median.add(value)
+        assert median.count == count and median.value == pytest.approx(statistics.median(values[:count]))
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0]), min_size=1, max_size=60))
+@settings(max_examples=50, deadline=None)
+def test_a_drop_is_measured_from_the_first_highest_level_of_its_window(logs):
+    drops = shapes.Drops("loss")
+    for i, log in enumerate(logs):
+        drops.add(curves.Level(i, log, 0.1, 5, 1.0, i))
+        assert drops.peaks[0] is max(drops.past, key=lambda level: level.log)
 
 
 def test_no_records_no_events():

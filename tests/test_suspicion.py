@@ -134,6 +134,12 @@ def test_content_that_is_lost_is_a_collapse_and_content_regained_its_end():
     assert story(content(jepa(1 + 0 * STEPS), *points)) == ["collapse", "recovery"]  # variation or not
 
 
+def test_content_that_says_neither_leaves_the_vetoes_in_force():
+    unsure = (0, 0.4), (200, 0.386), (1500, 0.386)
+    assert story(content(collapse(share=0.35), *unsure)) == []
+    assert story(content(collapse(share=0.04), *unsure))[:1] == ["collapse"]
+
+
 def test_content_needs_no_other_signal():
     records = only(content(collapse(), (0, 0.4), (200, 0.32), (600, 0.32), (1000, 0.5)), "content", "content/context")
     assert story(records) == story(records[::10]) == ["collapse", "recovery"]

@@ -7,7 +7,7 @@ Everything is causal: an event called at step s is decided by the records up to 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jepa_fast.monitor.phase.curves import Event, Level, levels, number, series
@@ -38,7 +38,7 @@ class Detector:
 
     def add(self, record: dict[str, Any]) -> list[Event]:
         """Events called at this record. One without a step, or with one that was seen before, is passed over."""
-        step = number(record.get("step"))
+        step = number(record.get("step")) if isinstance(record, Mapping) else None
         if step is None or step <= self.last:
             return []
         self.last = step

@@ -11,7 +11,7 @@ variation and stay useful. What a feature varies *with* neither can tell; *conte
 """
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from typing import Any, NamedTuple
 
 from jepa_fast.monitor.phase.curves import Level, Smoother, margin, number, positive
@@ -38,7 +38,7 @@ class Gauge:
         self.power = power  # variation goes as the signal to this
         self.start: Level | None = None
         self.lowest: Level | None = None
-        self.reading: Reading | None = None
+        self.now: Level | None = None
         self.num = self.num_falling = 0  # records since the start, and of those up to the lowest
 
     def add(self, now: Level) -> None:
@@ -46,11 +46,16 @@ class Gauge:
             self.start = self.lowest = now
         elif now.log < self.lowest.log:
             self.lowest, self.num_falling = now, self.num + 1
-        self.num += 1
-        if now.num_scatter:
-            fall, rise = self._sure(self.start, now, now), self._sure(now, self.lowest, now)
-            start, lowest, at = (math.exp(level.log) for level in (self.start, self.lowest, now))
-            self.reading = Reading(fall, rise, start, lowest, at, self.num_falling)
+        self.num, self.now = self.num + 1, now
+
+    @property
+    def reading(self) -> Reading | None:
+        """None as long as nothing is known of the scatter."""
+        if self.start is None or self.lowest is None or self.now is None or not self.now.num_scatter:
+            return None
+        fall, rise = self._sure(self.start, self.now, self.now), self._sure(self.now, self.lowest, self.now)
+        start, lowest, now = (math.exp(level.log) for level in (self.start, self.lowest, self.now))
+        return Reading(fall, rise, start, lowest, now, self.num_falling)
 
     def _sure(self, high: Level, low: Level, now: Level) -> float:
         """What is left of high - low once its noise is taken from it."""
@@ -94,14 +99,14 @@ class Signals:
     """The levels of every signal that the records hold or imply, by name: new ones after each record."""
 
     def __init__(self) -> None:
-        self.smoothers: dict[str, Smoother] = {}
+        self.smoothers: defaultdict[str, Smoother] = defaultdict(Smoother)
         self.energy: float | None = None  # of the targets, in units of the loss
 
     def add(self, step: int, record: Record) -> dict[str, Level]:
         new = {}
         for name, value in self._values(record).items():
             if value is not None:
-                new[name] = self.smoothers.setdefault(name, Smoother()).add(step, value)
+                new[name] = self.smoothers[name].add(step, value)
         return new
 
     def _values(self, record: Record) -> dict[str, float | None]:

@@ -79,6 +79,7 @@ class Drops:
     def __init__(self, key: str) -> None:
         self.key, self.armed = key, False
         self.past: deque[Level] = deque()
+        self.peaks: deque[Level] = deque()  # of them those that nothing later exceeds: the first is the highest
         self.first: int | None = None
         self.before: Level | None = None  # the level that the curve has dropped from
         self.fell = self.num_below = 0
@@ -86,14 +87,17 @@ class Drops:
     def add(self, now: Level) -> Event | None:
         self.first = now.called if self.first is None else self.first
         self.past.append(now)
+        while self.peaks and self.peaks[-1].log < now.log:
+            self.peaks.pop()
+        self.peaks.append(now)
         while len(self.past) > 1 and self.past[1].called <= now.called - WINDOW * (now.called - self.first):
-            self.past.popleft()
+            if self.past.popleft() is self.peaks[0]:
+                self.peaks.popleft()
         if not self.armed:
             return None
         if self.before is None:
-            highest = max(self.past, key=lambda level: level.log)
-            if _dropped(highest, now):
-                self.before, self.fell, self.num_below = highest, now.step, 1
+            if _dropped(self.peaks[0], now):
+                self.before, self.fell, self.num_below = self.peaks[0], now.step, 1
         elif not _dropped(self.before, now):
             self.before = None  # back up: the next may come
         else:

@@ -118,12 +118,11 @@ class Suspicions:
         if not self.expected or not (levels or looked):
             return None
         kind = self.expected[0]
-        ballots = COLLAPSE if kind == "collapse_suspected" else RECOVERY
-        if self.content.start is None:
-            votes = _votes(self.gauges, ballots)
-        else:  # it knows better than the vetoes
-            votes = _votes(self.gauges, tuple(ballot for ballot in ballots if ballot.most > 0))
-            votes.append(_content(self.content, kind))
+        ballots: tuple[Ballot, ...] = COLLAPSE if kind == "collapse_suspected" else RECOVERY
+        votes = [_content(self.content, kind)] if self.content.start is not None else []
+        if any(vote.share > 0 for vote in votes):  # it knows better than the vetoes
+            ballots = tuple(ballot for ballot in ballots if ballot.most > 0)
+        votes += _votes(self.gauges, ballots)
         if self.minimum and kind == "collapse_suspected":
             votes.append(self.minimum)
         belief = BIAS + sum(vote.weighted for vote in votes)
