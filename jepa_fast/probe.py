@@ -138,10 +138,14 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"{said:20}" + "".join(f"{found['encoders'][name][key]:12.3f}" for key in COLUMNS))
     for key in ("majority", "majority/balanced"):
         lines.append(f"{key.replace('majority/', 'majority, '):20}{found[key]:12.3f}")
-    counts = found["test_per_class"]
-    if max(counts) > 1.5 * max(1, min(counts)):
-        lines.append(f"classes are unequal ({min(counts)} to {max(counts)} test samples): read the balanced columns")
-    best, untrained = (max(found["encoders"][n]["sgd"] for n in names) for names in (("context", "target"), ("untrained",)))  # fmt: skip
+    counts, head = [count for count in found["test_per_class"] if count], "sgd"
+    if max(counts) > 1.5 * min(counts):
+        head, error = "sgd/balanced", math.sqrt(sum(0.25 / count for count in counts)) / len(counts)
+        lines.append(
+            f"classes are unequal ({min(counts)} to {max(counts)} test samples): read the balanced columns, "
+            f"standard error up to {error:.3f}"
+        )
+    best, untrained = (max(found["encoders"][n][head] for n in names) for names in (("context", "target"), ("untrained",)))  # fmt: skip
     if best - untrained < 2 * math.sqrt(2) * error:
         lines.append("neither encoder stands clearly above the untrained one")
     return "\n".join(lines)

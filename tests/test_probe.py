@@ -36,6 +36,19 @@ def test_balanced_accuracy_sees_a_class_that_accuracy_does_not():
     assert probes.accuracy(said, y) > 0.9 > 0.8 > probes.balanced_accuracy(said, y)
 
 
+def test_unequal_classes_are_judged_by_their_balanced_accuracy():
+    def found(test_per_class, balanced):
+        scores = dict.fromkeys(probe.COLUMNS, 0.9) | {"sgd/balanced": balanced}
+        encoders = {"context": scores, "target": scores, "untrained": scores | {"sgd/balanced": 0.5}}
+        return {"data": "", "checkpoint": "", "train": 9, "test": sum(test_per_class), "classes": 3, "majority": 0.9,
+                "majority/balanced": 0.5, "test_per_class": test_per_class, "encoders": encoders}  # fmt: skip
+
+    better = probe.table(found([900, 0, 100], 0.75))
+    assert "neither" not in better and "(100 to 900 test samples)" in better and "0.026" in better
+    assert "neither" in probe.table(found([900, 0, 100], 0.55))  # within the noise of a hundred
+    assert "neither" in probe.table(found([500, 500], 0.75)) and "unequal" not in probe.table(found([500, 500], 0.75))
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe") / "run"

@@ -113,6 +113,12 @@ def test_a_fall_that_stays_above_the_untrained_encoder_is_told():
     assert "on the way" not in told(run_of(dipping, lambda s: 0.6 + s / 5000))
 
 
+def test_a_probe_that_has_no_room_to_fall_is_said_to_have_none():
+    records = run_of(falling, lambda s: 0.6)
+    assert "could not show" not in told(records)
+    assert "could not show" in told([r | {"probe/majority": 0.59} if "probe/target" in r else r for r in records])
+
+
 def test_a_dip_within_the_probes_margin_is_neither_asserted_nor_denied():
     said = told(run_of(dipping, lambda s: 0.6 if s == 0 else 0.58 if s < 600 else 0.8))
     assert "at most 2.0 points below" in said and "(step 100)" in said and "cannot tell" in said

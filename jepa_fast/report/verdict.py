@@ -65,8 +65,17 @@ def _on_probe(records: list[Record], events: list[Record]) -> list[str]:
         means = _shape_without_dip(records, events)
     else:
         means = MEANING[bool(bottomed), below is not None, recovered]
-    alone = [] if below else _alone(records)
-    return [said, means, *alone, _next(target, untrained[-1][1], bool(below) and not recovered)]
+    more = [] if below else [*_no_room(untrained[-1][1], majority), *_alone(records)]
+    return [said, means, *more, _next(target, untrained[-1][1], bool(below) and not recovered)]
+
+
+def _no_room(untrained: float, majority: list[tuple[int, float]]) -> list[str]:
+    """Where features that lose everything would not be seen to."""
+    if not majority or untrained - majority[-1][1] >= phase.PROBE_MARGIN:
+        return []
+    return [
+        "The untrained encoder hardly beats naming the most common class, so a fall of the features could not show."
+    ]
 
 
 def _shape_without_dip(records: list[Record], events: list[Record]) -> str:
