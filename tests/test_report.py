@@ -119,6 +119,27 @@ def test_a_probe_that_has_no_room_to_fall_is_said_to_have_none():
     assert "could not show" in told([r | {"probe/majority": 0.59} if "probe/target" in r else r for r in records])
 
 
+def test_a_suspicion_that_the_probe_does_not_share_is_told_as_such():
+    records = run_of(falling, lambda s: 0.6)
+    suspicion = {
+        "kind": "collapse_suspected",
+        "step": 200,
+        "called_at": 230,
+        "confidence": 0.856,
+        "evidence": ["content fell"],
+    }
+    said = report.verdict(records, [suspicion], "data of /data/x")
+    assert "useless features from step 200, with confidence 0.86; the probe does not confirm it" in said
+    dipped = run_of(falling, lambda s: 0.6 if s == 0 else 0.5)
+    events = [suspicion, *(vars(e) for e in phase.detect(dipped))]
+    assert "confirm" not in report.verdict(dipped, events, "data of /data/x")
+
+
+def test_one_encoder_better_than_untrained_is_said_of_that_one():
+    records = [r | {"probe/context": 0.7} if "probe/target" in r else r for r in run_of(falling, lambda s: 0.6)]
+    assert "the target encoder's not yet" in told(records) and "no better than an untrained" not in told(records)
+
+
 def test_a_dip_within_the_probes_margin_is_neither_asserted_nor_denied():
     said = told(run_of(dipping, lambda s: 0.6 if s == 0 else 0.58 if s < 600 else 0.8))
     assert "at most 2.0 points below" in said and "(step 100)" in said and "cannot tell" in said

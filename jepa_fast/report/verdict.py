@@ -65,8 +65,8 @@ def _on_probe(records: list[Record], events: list[Record]) -> list[str]:
         means = _shape_without_dip(records, events)
     else:
         means = MEANING[bool(bottomed), below is not None, recovered]
-    more = [] if below else [*_no_room(untrained[-1][1], majority), *_alone(records)]
-    return [said, means, *more, _next(target, untrained[-1][1], bool(below) and not recovered)]
+    more = [] if below else [*_no_room(untrained[-1][1], majority), *_alone(records), *_unconfirmed(events)]
+    return [said, means, *more, _next(target, context, untrained[-1][1], bool(below) and not recovered)]
 
 
 def _no_room(untrained: float, majority: list[tuple[int, float]]) -> list[str]:
@@ -138,6 +138,17 @@ def _alone(records: list[Record]) -> list[str]:
     return said
 
 
+def _unconfirmed(events: list[Record]) -> list[str]:
+    """A suspicion that the probe, which knows, does not share."""
+    suspected = last_of("collapse_suspected", events)
+    if not suspected:
+        return []
+    return [
+        f"The signals without labels suggested useless features from step {suspected['step']:,}, with confidence "
+        f"{suspected['confidence']:.2f}; the probe does not confirm it."
+    ]
+
+
 def _without_probe(records: list[Record], events: list[Record], bottomed: bool) -> list[str]:
     """What can be said where nothing knows what the features are worth."""
     alarm = ": a loss minimum is the alarm of the collapse phase, no proof of it" if bottomed else ""
@@ -167,10 +178,12 @@ def _on_late_drop(events: list[Record]) -> list[str]:
     ]
 
 
-def _next(target: list[tuple[int, float]], untrained: float, down: bool) -> str:
+def _next(target: list[tuple[int, float]], context: list[tuple[int, float]], untrained: float, down: bool) -> str:
     step, best = max(target, key=lambda point: point[1])
     if down:
         return "Next: train on (--resume --train.steps N) and go by the probe, not by the loss; if it stays down, try a larger --ema.decay."
+    if target[-1][1] - untrained < phase.PROBE_MARGIN and context and context[-1][1] - untrained >= phase.PROBE_MARGIN:
+        return "The context encoder's features are better than an untrained encoder's, the target encoder's not yet. Next: train longer, and go by the probe, not by the loss."
     if target[-1][1] - untrained < phase.PROBE_MARGIN:
         return "The target encoder's features are no better than an untrained encoder's. Next: train longer, and go by the probe, not by the loss."
     if best - target[-1][1] > phase.PROBE_MARGIN:
