@@ -201,6 +201,7 @@ def report() -> str:
     everything = runs()
     tuning = [run for run in everything if run.half == "tuning"]
     untouched = [run for run in everything if run.half == "untouched"]
+    long = [run for run in everything if run.half == "long"]
     keys = {k for run in everything for r in run.records for k in r}
     rules = {
         "every signal, of runs with `content`": detector(),
@@ -216,8 +217,9 @@ def report() -> str:
         if key in keys:
             ratio = best_threshold(key, tuning)
             rules[f"`{key}` at {ratio:g} of its start"] = threshold(key, ratio)
-    parts = [HEADER.format(tuning=len(tuning), untouched=len(untouched), every=grid.EVERY)]
-    for name, chosen in (("The tuning half", tuning), ("The untouched half", untouched)):
+    parts = [HEADER.format(tuning=len(tuning), untouched=len(untouched), long=len(long), every=grid.EVERY)]
+    halves = {"The tuning half": tuning, "The untouched half": untouched, "The untouched long runs": long}
+    for name, chosen in halves.items():
         generators = ", ".join(sorted({run.data for run in chosen}))
         dips = sum(run.below is not None for run in chosen)
         parts.append(f"## {name}: {len(chosen)} runs, {dips} with a dip; {generators}\n")

@@ -46,7 +46,9 @@ class Cell(NamedTuple):
 
     @property
     def half(self) -> str:
-        """`tuning` or `untouched`."""
+        """`tuning`, `untouched` or `long`, which is untouched too."""
+        if self.seed > 120:
+            return "long"
         return "untouched" if self.seed > 100 and self.seed % 2 else "tuning"
 
 

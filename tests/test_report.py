@@ -102,6 +102,16 @@ def test_a_dip_without_return_is_not_called_an_end():
     assert "not yet its end" in said and "has not come back" in said
 
 
+def test_features_that_fell_after_the_loss_had_turned_are_not_said_to_have_got_better_while_it_rose():
+    said = told(run_of(dipping, lambda s: 0.6 if s < 500 else 0.5 if s < 800 else 0.8))
+    assert "after the loss had turned" in said and "collapse phase and its end" not in said
+    assert "its rise is no recovery" in told(run_of(dipping, lambda s: 0.6 if s < 500 else 0.5))
+
+
+def test_a_dip_that_ended_while_the_loss_still_fell_is_not_laid_to_its_rise():
+    assert "came back while the loss still fell" in told(run_of(dipping, lambda s: 0.5 if 0 < s < 300 else 0.8))
+
+
 def test_the_shape_of_the_loss_alone_is_no_collapse():
     said = told(run_of(dipping, lambda s: 0.6 + s / 5000))
     assert "there was none" in said

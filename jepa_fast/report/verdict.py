@@ -19,6 +19,12 @@ MEANING = {
     (0, 1, 0): "The features are worse than at the start while the loss looks well: this is how the collapse phase begins.",
     (0, 0, 0): "The pattern of the collapse phase does not appear up to here.",
 }  # fmt: skip
+# the same two with a loss minimum, in another order
+LATE = {
+    True: "The features fell below the untrained encoder's only after the loss had turned, and came back while it rose: a dip and its end, but later than the loss would say.",
+    False: "The features are worse than at the start, and fell only after the loss had turned: its rise is no recovery.",
+}
+EARLY = "The features dipped and came back while the loss still fell: its minimum marks neither."
 
 
 def verdict(records: list[Record], events: list[Record], description: str) -> str:
@@ -64,9 +70,18 @@ def _on_probe(records: list[Record], events: list[Record]) -> list[str]:
     if bottomed and not below:
         means = _shape_without_dip(records, events)
     else:
-        means = MEANING[bool(bottomed), below is not None, recovered]
+        means = _meaning(bottomed, below, back if recovered else None)
     more = [] if below else [*_no_room(untrained[-1][1], majority), *_alone(records), *_unconfirmed(events)]
     return [said, means, *more, _next(target, context, untrained[-1][1], bool(below) and not recovered)]
+
+
+def _meaning(bottomed: Record | None, below: Record | None, back: Record | None) -> str:
+    """What a dip of the features means beside the loss minimum: whether it came before, around or after it."""
+    if bottomed and below and below["step"] > bottomed["step"]:
+        return LATE[back is not None]
+    if bottomed and back and back["step"] < bottomed["step"]:
+        return EARLY
+    return MEANING[bottomed is not None, below is not None, back is not None]
 
 
 def _no_room(untrained: float, majority: list[tuple[int, float]]) -> list[str]:
