@@ -318,7 +318,7 @@ def test_what_lies_behind_the_glance_has_sections_of_its_own(tmp_path):
 
 @pytest.mark.parametrize(("name", "says"), [
     ("demo", "remark B.1, which models it as random, does not describe"),
-    ("in1k-vitb16", "Blocks vary more than independent tokens, as remark B.2 says"),
+    ("in1k-vitb16 --masks.mode packed", "Blocks vary more than independent tokens, as remark B.2 says"),
     ("textures --masks.mode reference", "cut to a common number of tokens these do not"),
 ])  # fmt: skip
 def test_the_masks_in_use_stand_beside_remarks_b1_and_b2(name, says):

@@ -12,7 +12,7 @@ from jepa_fast.data.masks import sample_masks
 from jepa_fast.data.masks_reference import BLOCKLESS
 from jepa_fast.report.figure import LIGHT, SMALL, bare
 
-INPUTS = 512  # masks drawn
+INPUTS = 8192  # masks drawn: where a group of 128 is cut to one length, 64 lengths
 
 
 @dataclass(frozen=True)
