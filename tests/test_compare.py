@@ -51,6 +51,31 @@ def test_runs_on_different_data_are_told_apart_by_their_folders(tmp_path):
     assert [run.label for run in compare.read_runs(folders)] == ["forda", "fordb"]
 
 
+def test_a_configuration_of_another_version_still_tells_runs_apart(tmp_path):
+    folders = over_decay(tmp_path, (1, 2, 3))
+    raw = json.loads((folders[0] / "config.json").read_text())
+    del raw["data"]["decoder"]
+    raw["data"]["colour"] = "grey"
+    (folders[0] / "config.json").write_text(json.dumps(raw))
+    assert [run.label for run in compare.read_runs(folders)] == ["β 0.9", "β 0.99", "β 0.996"]
+    (folders[0] / "config.json").write_text("{")
+    assert [run.label for run in compare.read_runs(folders)] == [folder.name for folder in folders]
+
+
+def test_long_names_leave_the_curves_their_room(tmp_path):
+    names = [f"run-with-a-name-that-goes-on-and-on-{i}-and-ends-alike" for i in "abc"] + ["short"]
+    runs = compare.read_runs([write(tmp_path / name, {"data.path": name}) for name in names])
+    for number, panels in ((2, 4), (3, 2), (5, 2)):
+        drawn = paper.figure(number, runs)
+        drawn.canvas.draw()
+        axes = [ax for ax in drawn.axes if ax.lines][:panels]
+        assert all(ax.get_window_extent().width > 0.5 * drawn.bbox.width / 2 for ax in axes)
+        texts = [t.get_text() for ax in axes for t in (*ax.texts, ax.title, ax._left_title)]
+        assert all(len(text) <= 60 for text in texts)
+    labels = paper._shortened(names, 22)
+    assert len(set(labels)) == 4 and labels[3] == "short"
+
+
 def test_a_run_is_measured(tmp_path):
     measured = compare.measure(compare.read_run(write(tmp_path / "a", {}, lag=2.0), []))
     assert 300 <= measured["loss minimum at"] <= 500 and measured["probe untrained"] == 0.6

@@ -150,6 +150,13 @@ def test_one_encoder_better_than_untrained_is_said_of_that_one():
     assert "the target encoder's not yet" in told(records) and "no better than an untrained" not in told(records)
 
 
+def test_a_loss_that_ends_in_no_number_is_told_from_a_short_log():
+    records = [r | {"loss": None} if r["step"] > 700 else r for r in run_of(falling)]
+    assert "From step 710 on the loss is no finite, positive number" in told(records)
+    assert "Too short to say: 2 of 101 records" in told([r | {"loss": None} if r["step"] > 10 else r for r in records])
+    assert "finite" not in told(run_of(falling))
+
+
 def test_a_dip_within_the_probes_margin_is_neither_asserted_nor_denied():
     said = told(run_of(dipping, lambda s: 0.6 if s == 0 else 0.58 if s < 600 else 0.8))
     assert "at most 2.0 points below" in said and "(step 100)" in said and "cannot tell" in said

@@ -1,5 +1,6 @@
 """Several runs beside each other. In: run folders. Out: rows of numbers, and what the paper claims beside them."""
 
+import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from jepa_fast import rundir
-from jepa_fast.config import flatten
 from jepa_fast.errors import UsageError
 from jepa_fast.log import read
 from jepa_fast.monitor import phase
@@ -43,15 +42,25 @@ def read_run(folder: Path, fields: list[str]) -> Compared:
     events = [e for e in read(folder / "events.jsonl") if "kind" in e]
     if not any("evidence" in e for e in events):
         events += [vars(e) for e in phase.detect(records)]
-    config = rundir.saved_config(folder)
-    settings = flatten(config) if config else {}
+    settings = _settings(folder / "config.json")
     return Compared(folder, {f: settings.get(f) for f in fields}, settings, records, events)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """The fields of a config.json under their names, as they stand: pictures do not ask for this version's."""
+    try:
+        raw = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    sections = {k: v for k, v in raw.items() if isinstance(v, dict)} if isinstance(raw, dict) else {}
+    return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
 
 
 def read_runs(folders: list[Path]) -> list[Compared]:
     """Runs, told apart by the fields in which their configurations differ; ordered by the first of these."""
     runs = [read_run(folder, []) for folder in folders]
-    names = [n for n in runs[0].settings if not n.startswith(INCIDENTAL) and len({str(r.settings.get(n)) for r in runs}) > 1]  # fmt: skip
+    known = [n for n in runs[0].settings if not n.startswith(INCIDENTAL) and all(n in r.settings for r in runs)]
+    names = [n for n in known if len({str(r.settings[n]) for r in runs}) > 1]
     if any(n.startswith(("data.", "model.")) for n in names):  # different recipes: the folder's name says it better
         names = []
     if "ema.decay" in names and "ema.final_decay" in names and all(r.settings["ema.schedule"] == "constant" for r in runs):  # fmt: skip

@@ -21,6 +21,7 @@ CAPTIONS = {
 }
 HUES = ("blue", "orange", "green", "purple", "ink", "muted")
 Curve = tuple[str, str, str]  # label, colour, style
+LABEL, TITLE = 22, 46  # most characters of a run's name beside its curve, above its panel
 
 
 def figure(number: int, runs: Sequence[Compared]) -> Figure:
@@ -62,8 +63,8 @@ def _losses(runs: Sequence[Compared]) -> Figure:
     columns = min(2, len(runs))
     drawn, axes = _canvas(-(-len(runs) // columns), columns)
     for ax, run in zip(axes, runs, strict=False):
-        _loss(ax, run, [(run.label, "ink", "-")], inset=True)
-        ax.set_title(run.label, loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
+        _loss(ax, run, [("", "ink", "-")], inset=True)
+        ax.set_title(_shortened([run.label], TITLE)[0], loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
         _shade(run, ax)
     for ax in axes[len(runs) :]:
         ax.set_axis_off()
@@ -145,14 +146,21 @@ def _many(left: Axes, right: Axes, runs: Sequence[Compared], hues: list[str]) ->
     left.set_title("Training loss", loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
     right.set_title("Linear probe of the target encoder", loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
     log_axis(left)
-    losses = [(smooth(values(run.records, "loss"), 0.005), (run.label, hue, "-")) for run, hue in zip(runs, hues, strict=True)]  # fmt: skip
+    curves: list[Curve] = [(label, hue, "-") for label, hue in zip(_shortened([r.label for r in runs], LABEL), hues, strict=True)]  # fmt: skip
+    losses = [(smooth(values(run.records, "loss"), 0.005), curve) for run, curve in zip(runs, curves, strict=True)]
     early = max((_bottom(run) for run in runs), default=0)
     _lines(left, losses, "log", 2.9, early if len(runs) > 1 else 0)
-    probes = [(values(run.records, "probe/target"), (run.label, hue, "-")) for run, hue in zip(runs, hues, strict=True)]
+    probes = [(values(run.records, "probe/target"), curve) for run, curve in zip(runs, curves, strict=True)]
     baselines = {round(values(run.records, "probe/untrained")[-1][1], 4) for run in runs if values(run.records, "probe/untrained")}  # fmt: skip
     if len(baselines) == 1:
         probes.append((values(runs[0].records, "probe/untrained"), ("untrained", "muted", "--")))
     _lines(right, probes, "linear", 2.9)
+
+
+def _shortened(labels: list[str], most: int) -> list[str]:
+    """Long names without their middle, numbered where that leaves them alike, or they would take the curves' room."""
+    cut = [name if len(name) <= most else f"{name[: most - most // 3 - 1]}…{name[-(most // 3) :]}" for name in labels]
+    return [f"{i}: {name}" if cut.count(name) > 1 else name for i, name in enumerate(cut, start=1)]
 
 
 def _bottom(run: Compared) -> int:

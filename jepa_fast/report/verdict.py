@@ -31,11 +31,14 @@ def verdict(records: list[Record], events: list[Record], description: str) -> st
     """A few sentences: what the loss did, what the probe says, what it means, what to do next."""
     levels = list(phase.levels(phase.series(records, "loss")))
     if len(levels) < 5:
+        of = f" of {len(records)}" if len(records) > len(levels) else ""
         said = [
-            f"Too short to say: {len(levels)} record{'s' * (len(levels) != 1)} with a loss. Train longer, or log more often."
+            f"Too short to say: {len(levels)}{of} record{'s' * (len(levels) != 1)} with a loss. Train longer, or log more often."
         ]
     else:
         said = [_on_loss(levels, events), *_on_late_drop(events), *_on_probe(records, events)]
+    if levels and len(lost := [r for r in records if r["step"] > levels[-1].called and "loss" in r]) >= 2:
+        said.insert(1, f"From step {int(lost[0]['step']):,} on the loss is no finite, positive number.")
     if "synthetic" in description:
         said.append("The data are synthetic: the run illustrates the phase, it is no evidence for other data.")
     return " ".join(said)
