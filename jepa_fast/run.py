@@ -1,7 +1,6 @@
 """A training run: its parts, its records and checkpoints, and its close, with a verdict. `assemble` puts one together."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -176,15 +175,13 @@ def close(run: Run) -> None:
         tell_of_data(run, run.steps, bad)
     if run.log is None:
         return
-    skipped = Counter(e["why"] for e in run.log.events if e["kind"] == "bad_sample")
     events = run.monitor.close()
     print()
     print(report.verdict(run.log.records, events, run.dataset.description))
     for event in events:
         print(sentence(event))
-    if skipped:
-        reasons = ", ".join(f"{count} {why}" for why, count in sorted(skipped.items()))
-        print(f"samples left out: {sum(skipped.values())} ({reasons}); events.jsonl names them")
+    if skipped := report.left_out(run.log.events):
+        print(skipped)
     try:
         print(f"report: {report.write(run.folder)}", flush=True)
     except OSError as error:

@@ -259,6 +259,15 @@ def test_the_same_run_gives_the_same_report(tmp_path):
     assert report.write(folder).read_bytes() == first
 
 
+def test_samples_left_out_are_counted_though_not_all_are_listed(tmp_path):
+    events = [{"kind": "bad_sample", "step": i, "key": f"k{i}", "reason": "r", "why": "empty"} for i in range(60)]
+    events.append({"kind": "bad_sample", "step": 70, "key": "z", "reason": "r", "why": "lost"})
+    page = report.write(write(tmp_path / "run", run_of(falling), events=events)).read_text()
+    assert "samples left out: 61 (60 empty, 1 lost)" in page and "of 61 entries the last 50 are shown" in page
+    assert "key: k5," not in page and "key: k59," in page
+    assert "left out" not in report.write(write(tmp_path / "fine", run_of(falling))).read_text()
+
+
 def test_names_and_evidence_cannot_break_the_page(tmp_path):
     nasty = "<script>alert('x')</script>&"
     events = [

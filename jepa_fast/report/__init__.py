@@ -18,9 +18,9 @@ from jepa_fast.monitor import phase
 from jepa_fast.report import compare, coverage, paper
 from jepa_fast.report.figure import detail_figures, phase_figure, svg
 from jepa_fast.report.page import Section, comparison, page
-from jepa_fast.report.verdict import Record, verdict
+from jepa_fast.report.verdict import Record, left_out, verdict
 
-__all__ = ["main", "verdict", "write"]
+__all__ = ["left_out", "main", "verdict", "write"]
 
 USAGE = """usage: python -m jepa_fast.report [RUN_DIR]
        python -m jepa_fast.report RUN_DIR RUN_DIR ... [--out FOLDER]

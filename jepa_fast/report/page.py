@@ -8,7 +8,7 @@ from typing import Any
 from jepa_fast.config import Config, flatten
 from jepa_fast.data.embedded import SETS
 from jepa_fast.report.figure import COLOURS
-from jepa_fast.report.verdict import Record, last_of, values, verdict
+from jepa_fast.report.verdict import Record, last_of, left_out, values, verdict
 
 CLAIMS = """<h2>What is measured beside what is claimed</h2>
 <ul>
@@ -76,7 +76,8 @@ it is no accident of noise, not that anything is wrong; of a suspicion it is how
 <h2>Key numbers</h2>{_table(("", "start", "lowest", "at step", "at loss minimum", "end"), _numbers(records, told), "None yet.")}
 {"".join(_section(number, *section) for number, section in enumerate(sections, start=1))}
 {CLAIMS}
-<h2>Skipped steps, bad samples, resumes</h2>{_table(("step", "event", "details"), _incidents(events), "None.")}
+<h2>Skipped steps, bad samples, resumes</h2>{_table(("step", "event", "details"), _incidents(events)[-50:], "None.")}
+<p class="quiet">{escape(_more(events))}</p>
 <details><summary>Settings</summary>{_table(("field", "value"), settings, trouble)}</details>
 </body></html>
 """
@@ -143,12 +144,19 @@ def _numbers(records: list[Record], events: list[Record]) -> list[Any]:
 
 
 def _incidents(events: list[Record]) -> list[Any]:
-    """Events that are no phase event, the last 50."""
+    """Events that are no phase event."""
     rows = []
     for event in (e for e in events if "evidence" not in e):
         details = ", ".join(f"{key}: {value}" for key, value in event.items() if key not in ("kind", "step"))
         rows.append((f"{event['step']:,}", event["kind"].replace("_", " "), details))
-    return rows[-50:]
+    return rows
+
+
+def _more(events: list[Record]) -> str:
+    """What the table of the last 50 does not show."""
+    count = len(_incidents(events))
+    said = [left_out(events), f"of {count} entries the last 50 are shown" if count > 50 else ""]
+    return "; ".join(filter(None, said))
 
 
 def _table(head: tuple[str, ...], rows: list[Any], empty: str) -> str:

@@ -5,6 +5,7 @@ other signals suspect is told as a suspicion, with its confidence.
 """
 
 import math
+from collections import Counter
 from typing import Any
 
 from jepa_fast.monitor import phase
@@ -217,3 +218,10 @@ def values(records: list[Record], key: str) -> list[tuple[int, float]]:
 
 def last_of(kind: str, events: list[Record]) -> Record | None:
     return next((e for e in reversed(events) if e["kind"] == kind), None)
+
+
+def left_out(events: list[Record]) -> str:
+    """How many samples could not be used, by reason, in one sentence; '' if there is none."""
+    why = Counter(e.get("why", "unreadable") for e in events if e["kind"] == "bad_sample")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(why.items()))
+    return f"samples left out: {why.total()} ({reasons}); events.jsonl names them" if why else ""
