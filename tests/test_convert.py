@@ -254,6 +254,20 @@ def test_nothing_to_look_at_is_an_error(tmp_path, capsys, verb):
     assert "is not on this machine; copy it first" in capsys.readouterr().err
 
 
+def test_what_damaged_shards_lost_is_named_and_empty_payloads_are_left_out(tmp_path, capsys):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, size in (("a.jpg", 5), ("b.jpg", 0), ("c.cls", 1), ("d.jpg", 5), ("e.jpg", 900)):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            tar.addfile(info, io.BytesIO(bytes(size)))
+    data = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(data[: data.index(b"e.jpg") + 600])
+    assert go(tmp_path / "x.tar", tmp_path / "out") == 1
+    out = capsys.readouterr().out
+    assert "x.tar:c: " in out and "x.tar:e: the shard ends in the middle of it" in out and "x.tar:b is empty" in out
+    assert "2 samples in 1 shards" in out and len(Shards([tmp_path / "out" / "out-train-0000.tar"])) == 2
+
+
 def test_keys_that_two_shards_share_become_different(tmp_path):
     (tmp_path / "in").mkdir()
     for shard in "ab":

@@ -47,7 +47,7 @@ def convert(material: Material, folder: Path, options: Options, progress: Callab
     _claim(folder, material, options)
     known = _known(folder)
     lengths: dict[str, dict[str, int]] = {split: {} for split in material.splits}
-    result, written = Result(lengths), 0
+    result, written = Result(lengths, left_out=list(material.lost)), 0
     todo = [task for task in tasks if task.filename not in known]
     with ThreadPoolExecutor(options.workers or cores.usable()) as pool:
         for done, (task, entry) in enumerate(

@@ -32,6 +32,7 @@ class Material:
     contents: dict[str, str]  # other samples, other contents
     kind: str  # in words
     classes: list[str] = field(default_factory=list)  # names of the classes, by number
+    lost: list[str] = field(default_factory=list)  # what should be there and is not, and why
 
 
 def material(source: str, label_filter: str = "") -> Material:
@@ -172,6 +173,8 @@ def _of_shards(source: str, label_filter: str) -> Material:
         def sample(i: int) -> dict:
             number = int(chosen[i])
             made = _members(part, number)
+            if not any(made[name] for name in made if f".{name}".endswith(f".{part.payload(number)}")):
+                raise BadSample(f"{part.key(number)} is empty (0 bytes)", "empty")
             if labels is not None and labels[number] != NO_LABEL:
                 made = {name: data for name, data in made.items() if not f".{name}".endswith(".cls")}
                 made["cls"] = str(np.searchsorted(present, labels[number]) if len(present) else labels[number]).encode()
@@ -189,6 +192,7 @@ def _of_shards(source: str, label_filter: str) -> Material:
         contents,
         "shards",
         [str(c) for c in present],
+        [f"{where}: {why}" for part in held.values() for where, why in part.lost],
     )
 
 
