@@ -21,12 +21,13 @@ from torch import Tensor
 from jepa_fast import schedules
 from jepa_fast.config import Config
 from jepa_fast.data import nvjpeg, packing
+from jepa_fast.data.batch import HostBatch
 from jepa_fast.data.health import TRUSTED, Health
 from jepa_fast.data.kept import Kept, keeps
 from jepa_fast.data.masks import sample_masks
 from jepa_fast.data.mixture import Mixture
 from jepa_fast.data.order import Order, augmentation
-from jepa_fast.data.packing import Ladder, MaskPlan
+from jepa_fast.data.packing import Ladder
 from jepa_fast.data.ring import Ring, cuda_mark
 from jepa_fast.data.shards import BadSample
 from jepa_fast.data.sources import Bad, Encoded, Joined, Source
@@ -36,35 +37,6 @@ from jepa_fast.errors import UsageError
 AHEAD = 3  # batches made before they are asked for
 IN_WORK = 2  # batches being decoded at a time, so that no thread waits for the slowest of a batch
 AT_A_TIME = 8  # samples a thread takes at once
-
-
-@dataclass
-class HostBatch:
-    """One process's share of a global batch, in host memory.
-
-    Where there is CUDA the inputs are pinned, and belong to the loader again as soon as the next batch is asked for.
-    """
-
-    step: int
-    inputs: Tensor  # uint8 [b, C, H, W] or float32 [b, C, L]
-    plans: list[MaskPlan]  # of its micro batches, in order
-    epochs: np.ndarray  # int64 [b]
-    samples: np.ndarray  # int64 [b], after bad ones were replaced
-    wait: float = field(default=0.0)  # seconds the loop waited for it
-    ready: torch.cuda.Event | None = None  # of inputs that the device makes itself
-
-    def parts(self, device: torch.device) -> Iterator[tuple[Tensor, MaskPlan, float]]:
-        """(inputs, masks, share of this batch) of each micro batch, on `device`."""
-        done = 0
-        if self.ready is not None:
-            stream = torch.cuda.current_stream(device)
-            stream.wait_event(self.ready)
-            self.inputs.record_stream(stream)
-        for plan in self.plans:
-            count = plan.context_cu.numel() - 1
-            inputs = self.inputs[done : done + count].to(device, non_blocking=True)
-            yield inputs, plan.to(device), count / len(self.inputs)
-            done += count
 
 
 @dataclass
@@ -239,9 +211,10 @@ class Loader:
     def _buffer(self, epoch: int, sample: int) -> Tensor:
         """Memory for the inputs of one batch."""
         if self._shape is None:
-            first, size = self._load(epoch, sample)[0], self.config.data.image_size
-            if isinstance(first, Encoded):
-                first = np.empty((self.config.data.channels, size, size), np.uint8)
+            data = self.config.data
+            image = np.empty((data.channels, data.image_size, data.image_size), np.uint8)
+            first = image if data.kind == "images" else self._load(epoch, sample)[0]
+            assert isinstance(first, np.ndarray)
             self._shape = ((self.rows.stop - self.rows.start, *first.shape), torch.from_numpy(first).dtype)
         shape, dtype = self._shape
         if not self._pin or self._decoder is not None:

@@ -33,7 +33,7 @@ class Bad:
     """A sample that was left out."""
 
     key: str  # where it lies
-    kind: str  # the reason in one word: empty, undecodable, too_large, not_finite, shard_missing, ...
+    kind: str  # the reason in one word: empty, undecodable, too_large, not_finite, other_shape, shard_missing, ...
     reason: str  # in one sentence
 
 
