@@ -265,6 +265,13 @@ def test_a_class_is_what_occurs_whatever_its_number(tmp_path):
         assert all(source.labels[i] == int(source.key(i).rpartition(":")[2]) % 2 for i in range(len(source)))
 
 
+def test_a_test_file_without_labels_means_no_probe(tmp_path):
+    for name, label in (("TRAIN", "1"), ("TEST", "?")):
+        (tmp_path / f"F_{name}.tsv").write_text("".join(f"{label}\t{i}\t2\t3\n" for i in range(12)))
+    data = open_dataset(replace(preset("series"), {"data.path": str(tmp_path)}))
+    assert data.probe_test is None and "no test labels" in data.description and len(data.train) == 12
+
+
 def test_shards_that_nobody_can_count_are_refused_past_their_share(tmp_path):
     def opened(damaged):
         made = ({"__key__": f"{i}", "npy": np.zeros((1, 20), np.float32)} for i in range(12))

@@ -124,7 +124,9 @@ def _probe(parts: Parts) -> tuple[Source, Source | None, Source | None, str]:
     if test is not None and len(known):
         assert test.labels is not None
         scored = np.flatnonzero(test.labels >= 0)
-        return (train, _only(fixed, known), _only(test, scored), "") if len(scored) else (train, None, None, "no test labels, so no probes")  # fmt: skip
+        if not len(scored):
+            return train, None, None, "no test labels, so no probes"
+        return train, _only(fixed, known), _only(test, scored), ""
     if len(known) < 10:
         return train, None, None, "too few labelled samples for a probe"
     order = known[np.random.default_rng(0).permutation(len(known))]
