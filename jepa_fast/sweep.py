@@ -9,12 +9,14 @@ import csv
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from jepa_fast import checkpoint, cli, cores, log, rundir
 from jepa_fast.errors import UsageError, one_line_errors
@@ -103,6 +105,7 @@ def execute(plan: Plan) -> dict[str, str]:
     threads = max(1, cores.usable() // plan.jobs)
     began, runs = time.monotonic(), plan.runs()
     failed: dict[str, str] = {}
+    running: set[subprocess.Popen] = set()
 
     def one(name: str, arguments: list[str]) -> None:
         folder = plan.folder / name
@@ -115,7 +118,10 @@ def execute(plan: Plan) -> dict[str, str]:
         ]  # fmt: skip
         with (plan.folder / f"{name}.log").open("w") as out:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment).returncode
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+            running.add(process)
+            status = process.wait()
+            running.discard(process)
         if status:
             said = (plan.folder / f"{name}.log").read_text().strip().splitlines()
             failed[name] = said[-1] if said else f"exit status {status}"
@@ -124,8 +130,18 @@ def execute(plan: Plan) -> dict[str, str]:
         print(f"[{time.monotonic() - began:5.0f} s] {name}: {failed.get(name) or last}", flush=True)
 
     with ThreadPoolExecutor(plan.jobs) as pool:
-        list(pool.map(lambda item: one(*item), runs.items()))
+        try:
+            list(pool.map(lambda item: one(*item), runs.items()))
+        except BaseException:  # the sweep is stopped: so are its runs, each of which keeps a checkpoint to go on from
+            for process in list(running):
+                process.terminate()
+            raise
     return failed
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    print("stopped; the same command goes on from here", flush=True)
+    raise SystemExit(128 + number)
 
 
 def complete(folder: Path) -> bool:
@@ -176,7 +192,11 @@ def main(argv: list[str] | None = None) -> int:
     if plan.dry:
         print("\n".join(names))
         return 0
-    failed = execute(plan)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        failed = execute(plan)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print()
     print(conclude(plan))
     for name, why in failed.items():

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import signal
+import threading
 from contextlib import redirect_stdout
 
 import pytest
@@ -54,16 +57,26 @@ def test_a_dry_run_names_the_runs_and_starts_none(tmp_path, monkeypatch, capsys)
     assert "ema.decay=0.9\nema.decay=1\n" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+class Ended:
+    """A process that is over."""
+
+    def __init__(self, status):
+        self.status = status
+
+    def wait(self):
+        return self.status
+
+
 def in_this_process(command, stdout, stderr, env):
     """What the sweep's child processes do, without the seconds that each takes to start."""
     assert command[1:3] == ["-m", "jepa_fast.train"]
     with redirect_stdout(stdout):
-        return type("Done", (), {"returncode": train.main(command[3:])})
+        return Ended(train.main(command[3:]))
 
 
 def test_a_sweep_runs_goes_on_and_concludes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep.subprocess, "run", in_this_process)
+    monkeypatch.setattr(sweep.subprocess, "Popen", in_this_process)
     first = ["demo", "--ema.decay", "0.9,1", *TINY, "--dir", "s", "--jobs", "1"]
     assert sweep.main(first) == 0
     written = (tmp_path / "s/ema.decay=1/metrics.jsonl").read_bytes()
@@ -86,14 +99,36 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, c
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         if name.endswith("=1"):
             stdout.write("error: the disk is full\n")
-            return type("Done", (), {"returncode": 2})
+            return Ended(2)
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": 0, "loss": 1.0}) + "\n")
-        return type("Done", (), {"returncode": 0})
+        return Ended(0)
 
-    monkeypatch.setattr(sweep.subprocess, "run", fake)
+    monkeypatch.setattr(sweep.subprocess, "Popen", fake)
     assert sweep.main(["demo", "--ema.decay", "0.9,1", "--dir", "s"]) == 1
     out = capsys.readouterr().out
     assert "failed: ema.decay=1: error: the disk is full" in out and "figure-5.png" in out
+
+
+def test_a_sweep_that_is_stopped_stops_its_run_and_starts_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    started, ended, before = [], threading.Event(), signal.getsignal(signal.SIGTERM)
+
+    class Running:
+        def __init__(self, command, **_):
+            started.append(command)
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+        def wait(self):
+            return -signal.SIGTERM if ended.wait(20) else 0
+
+        def terminate(self):
+            ended.set()
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Running)
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(["demo", "--ema.decay", "0.9,1", "--dir", "s", "--jobs", "1"])
+    assert stopped.value.code == 128 + signal.SIGTERM and ended.is_set() and len(started) == 1
+    assert "goes on from here" in capsys.readouterr().out and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
