@@ -237,7 +237,7 @@ def test_the_arithmetic_is_that_of_the_published_sizes():
 
 
 def test_auto_takes_the_least_communication_that_fits_and_says_why():
-    config = replace(preset("in1k-vith14"), {"train.batch_size": 2048})
+    config = replace(preset("in1k-vith14"), {"train.batch_size": 2048, "masks.mode": "packed"})
     whole, cut = (memory.need(config, mode, 16, shards).total for mode, shards in (("ddp", 1), ("hsdp", 8)))
     cases = {"ddp": whole * 1.01, "hsdp": (whole + cut) / 2, "fsdp": cut * 0.99}
     for mode, room in cases.items():
@@ -250,7 +250,7 @@ def test_auto_takes_the_least_communication_that_fits_and_says_why():
 
 def test_where_activations_alone_are_too_many_auto_says_which_micro_batch_would_do():
     """256 inputs of ViT-H/14 a device: more than 80 GB however the weights are cut; half of them fit, uncut."""
-    config = replace(preset("in1k-vith14"), {"train.batch_size": 2048})
+    config = replace(preset("in1k-vith14"), {"train.batch_size": 2048, "masks.mode": "packed"})
     room = memory.USABLE * 80e9
     assert memory.need(config, "fsdp", 8, 8).total > room
     assert memory._choose(config, 8, 8, 80e9).reason.endswith("give --parallel.micro_batch 128, with which ddp fits")

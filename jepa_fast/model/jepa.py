@@ -60,7 +60,7 @@ class JEPA(nn.Module):
             target = self.target_encoder.encode(patches)  # [B, N, D]
 
         visible = patches.flatten(0, 1).index_select(0, plan.context_rows)  # [Tc, P]
-        context = self.context_encoder.packed(
+        context = self.context_encoder.encode_packed(
             visible, plan.context_index, plan.context_cu, plan.context_max, plan.context_bucket
         )  # [Tc, D]
         prediction = self.predictor.packed(context, plan)  # [Tt, D]

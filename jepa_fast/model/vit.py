@@ -114,13 +114,21 @@ class Encoder(nn.Module):
         """Features of all patches [B, N, P] of inputs of the configured size: -> [B, N, D]."""
         return self._dense(patches, self.positions.expand(len(patches), -1, -1))
 
-    def packed(self, patches: Tensor, positions: Tensor, cu_seqlens: Tensor, max_len: int, bucket: int = 0) -> Tensor:
+    def packed(self, patches: Tensor, positions: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
         """Features of packed tokens: patches [T, P], positions int64 [T], cu_seqlens int32 [B + 1] -> [T, D].
 
-        bucket: the blocks run on that many rows (at least T, 0: on T), which changes no feature and keeps shapes static.
         Raises ValueError, on a CPU, where these do not fit together; elsewhere looking would be a synchronisation.
         """
         check_packed(patches, positions, cu_seqlens, max_len, len(self.positions))
+        return self.encode_packed(patches, positions, cu_seqlens, max_len)
+
+    def encode_packed(
+        self, patches: Tensor, positions: Tensor, cu_seqlens: Tensor, max_len: int, bucket: int = 0
+    ) -> Tensor:
+        """`packed` of a plan's tokens, which fit together: it reads nothing back.
+
+        bucket: the blocks run on that many rows (at least T, 0: on T), which changes no feature and keeps shapes static.
+        """
         x = self._enter(self._embed(patches) + self.positions[positions])
         sequences = Sequences.of(cu_seqlens, max_len, len(x), bucket, uses_varlen(x, self.head_width))
         return self._leave(self._run(pad_rows(x, bucket), sequences)[: len(x)])

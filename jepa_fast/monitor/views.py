@@ -26,9 +26,10 @@ class FixedMasks:
     def __call__(self, encoder: nn.Module, inputs: Tensor, view: int) -> tuple[Tensor, Tensor]:
         masks = self.plan(len(inputs), view).to(inputs.device)
         patches = encoder.tokenizer(inputs).flatten(0, 1)[masks.context_rows]  # type: ignore[operator]
-        features = encoder.packed(patches, masks.context_index, masks.context_cu, masks.context_max)  # type: ignore[operator]
+        features = encoder.encode_packed(patches, masks.context_index, masks.context_cu, masks.context_max)  # type: ignore[operator]
         return features, masks.context_rows
 
     def embed(self, encoder: nn.Module, inputs: Tensor) -> Tensor:
         """x_hat: patch embedding and positions, [B, N, D]."""
-        return encoder.patch_embed(encoder.tokenizer(inputs)) + encoder.positions  # type: ignore[operator]
+        patches = encoder.tokenizer(inputs).to(encoder.positions.dtype)  # type: ignore[operator]
+        return encoder.patch_embed(patches) + encoder.positions  # type: ignore[operator]

@@ -79,7 +79,7 @@ def shard(jepa: JEPA, config: Config, mesh: DeviceMesh) -> None:
         reshard = config.parallel.reshard_after_forward or part is jepa.target_encoder
         blocks = [fully_shard(b, mesh=mesh, reshard_after_forward=reshard, mp_policy=inner) for b in part.blocks]
         fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=outer)
-        for method in ("encode", "packed"):
+        for method in ("encode", "encode_packed", "packed"):
             if hasattr(part, method):
                 register_fsdp_forward_method(part, method)
         _prefetch(blocks, config.parallel.prefetch)
