@@ -10,7 +10,7 @@ from typing import IO
 import torch
 from torch import Tensor, nn
 
-from jepa_fast import checkpoint, optim, parallel, report, survive
+from jepa_fast import checkpoint, optim, parallel, report, schedules, survive
 from jepa_fast.clock import Clock
 from jepa_fast.config import Config, to_json
 from jepa_fast.data.dataset import Dataset
@@ -61,8 +61,14 @@ class Run:
         return step % self.config.log.every == 0 or seldom or step == self.steps
 
     def health(self) -> dict[str, float]:
-        """What a record says of the machine and the data since the last. All processes call it."""
-        return self.clock.report() | self.loader.health.record()
+        """What a record says of the machine and the data since the last, and of the update to come. All call it."""
+        step = self.monitor.step
+        levers = {
+            "schedule/lr": schedules.learning_rate(self.config.optim, step, self.steps, self.warmup),
+            "schedule/weight_decay": schedules.weight_decay(self.config.optim, step, self.steps),
+            "schedule/ema_decay": schedules.ema_decay(self.config.ema, step, self.steps),
+        }
+        return self.clock.report() | self.loader.health.record() | levers
 
     def saves(self, step: int) -> bool:
         every = self.config.checkpoint.every

@@ -14,6 +14,7 @@ from jepa_fast.errors import UsageError
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.perturb import perturb
 from jepa_fast.presets import preset
+from jepa_fast.rundir import saved_config
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -69,3 +70,14 @@ def test_every_lever_that_is_documented_is_a_field():
     table = (Path(__file__).parent.parent / "docs" / "diagnosis.md").read_text().split("## Levers")[1]
     named = re.findall(r"`([a-z_]+\.[a-z_]+)`", table)
     assert len(named) > 10 and set(named) <= set(flatten(Config()))
+
+
+def test_a_run_logs_what_its_next_update_is_made_with(tiny_run, tiny_image_run):
+    for folder, records in (tiny_run, tiny_image_run):
+        config = saved_config(folder)
+        for record in records:
+            step = record["step"]
+            assert record["schedule/lr"] == schedules.learning_rate(config.optim, step, 6, 0)
+            assert record["schedule/weight_decay"] == schedules.weight_decay(config.optim, step, 6)
+            assert record["schedule/ema_decay"] == schedules.ema_decay(config.ema, step, 6)
+    assert [r["schedule/ema_decay"] for r in records] == pytest.approx([0.996 + 0.004 * t / 6 for t in range(7)])
