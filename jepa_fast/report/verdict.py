@@ -6,6 +6,8 @@ other signals suspect is told as a suspicion, with its confidence.
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 from jepa_fast.monitor import phase
@@ -119,7 +121,8 @@ def _shape_without_dip(records: list[Record], events: list[Record]) -> str:
 def _setback(records: list[Record]) -> str:
     """The deepest fall of the probes that stayed above the untrained encoder's, if there is one to speak of."""
     gaps = _gaps(records)
-    falls = [(best, now) for i, now in enumerate(gaps) for best in [max(gaps[: i + 1], key=lambda point: point[1])]]
+    best_so_far: Iterator[tuple[int, float]] = accumulate(gaps, lambda best, now: now if now[1] > best[1] else best)
+    falls = list(zip(best_so_far, gaps, strict=True))
     (began, high), (ended, low) = max(falls, key=lambda fall: fall[0][1] - fall[1][1])
     if high - low < 2 * phase.PROBE_MARGIN:
         return ""
