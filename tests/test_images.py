@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -248,3 +250,29 @@ def test_evaluation_takes_the_middle():
 
 def test_an_image_of_the_right_size_is_left_alone():
     np.testing.assert_array_equal(resize(gradient(48, 48), 48), gradient(48, 48).transpose(2, 0, 1))
+
+
+UNLOCKED = """
+import sys, threading
+import numpy as np
+from jepa_fast.data import images
+
+pixels, kind = np.zeros((40, 40, 3), np.uint8), np.dtype("uint8")
+def resize():
+    for _ in range(20_000):
+        images.resize(pixels, 8, "bilinear")
+before, threads = sys.getrefcount(kind), [threading.Thread(target=resize) for _ in range(2)]
+for thread in threads:
+    thread.start()
+while any(thread.is_alive() for thread in threads):
+    np.empty(1, np.uint8)
+for thread in threads:
+    thread.join()
+print(sys.getrefcount(kind) - before)
+"""
+
+
+def test_threads_resize_without_a_hand_on_pythons_counts():
+    """Where the lock is given up nothing of Python's may be touched: counts would be lost, and the process with them."""
+    run = subprocess.run([sys.executable, "-c", UNLOCKED], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "0"), run.stderr[-500:]

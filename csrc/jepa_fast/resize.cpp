@@ -134,10 +134,12 @@ Image resize(Image image, int64_t size, bool is_cubic, const std::string& instru
         image = py::array_t<uint8_t, py::array::c_style>(image);
     const Passes& passes = passes_named(instructions);
     const Picture from = {image.data(), image.shape(0), image.shape(1), image.strides(0)};
-    py::array_t<uint8_t> out({channels, size, size});
+    Image out({channels, size, size});
     uint8_t* to = out.mutable_data();
-    const py::gil_scoped_release release;
-    run(passes, from, channels, size, is_cubic, to);
+    {  // nothing of Python's in here, and nothing returned from here: a conversion would count references unlocked
+        const py::gil_scoped_release release;
+        run(passes, from, channels, size, is_cubic, to);
+    }
     return out;
 }
 
