@@ -259,13 +259,11 @@ from jepa_fast.data import images
 
 pixels, kind = np.zeros((40, 40, 3), np.uint8), np.dtype("uint8")
 def resize():
-    for _ in range(20_000):
-        images.resize(pixels, 8, "bilinear")
-before, threads = sys.getrefcount(kind), [threading.Thread(target=resize) for _ in range(2)]
+    for _ in range(10_000):
+        images.resize(pixels, 8, "bilinear"), np.empty(1, np.uint8)
+before, threads = sys.getrefcount(kind), [threading.Thread(target=resize) for _ in range(4)]
 for thread in threads:
     thread.start()
-while any(thread.is_alive() for thread in threads):
-    np.empty(1, np.uint8)
 for thread in threads:
     thread.join()
 print(sys.getrefcount(kind) - before)
