@@ -10,7 +10,7 @@ import torch
 
 from jepa_fast.config import replace
 from jepa_fast.data.dataset import open_dataset
-from jepa_fast.data.loader import Loader
+from jepa_fast.data.loader import AHEAD, IN_WORK, Loader
 from jepa_fast.data.shards import BadSample
 from jepa_fast.data.sources import Counts, Joined
 from jepa_fast.errors import UsageError
@@ -213,6 +213,18 @@ def test_health_tells_rates_and_reasons():
     assert 0 < record["data/wait_share"] <= 1 and record["data/bad"] == 2 and record["data/per_worker_s"] > 0
     assert loader.health.kinds() == {"unreadable": 2}
     assert loader.health.record()["data/per_worker_s"] == 0.0  # nothing since
+
+
+def test_a_loop_that_keeps_no_batch_lives_in_the_memory_of_a_few():
+    expected = batches(stop=40)
+    loader = Loader(config(), Noise(37), 5, 0, 1, 0, 40)
+    where = set()
+    for batch, same in zip(loader, expected, strict=True):
+        assert torch.equal(batch.inputs, same.inputs)
+        where.add(batch.inputs.data_ptr())
+    loader.close()
+    assert 1 < len(where) <= AHEAD + IN_WORK + 3
+    assert len({b.inputs.data_ptr() for b in expected}) == 40  # a list of them keeps them all
 
 
 def test_buffers_of_a_device_are_used_again_and_hold_the_same_batches(monkeypatch):

@@ -1,10 +1,11 @@
-"""Buffers are filled again only when the device is done with them."""
+"""Buffers are filled again only when the device, or whoever holds them, is done with them."""
 
 import threading
 
+import numpy as np
 import torch
 
-from jepa_fast.data.ring import Ring
+from jepa_fast.data.ring import Memory, Ring
 
 
 class Copy:
@@ -38,3 +39,17 @@ def test_a_buffer_comes_back_only_after_its_copy_is_done():
 def test_a_fresh_buffer_waits_for_nothing():
     ring = Ring(1, lambda: torch.zeros(1), lambda: Copy())
     assert ring.take(0) is not None
+
+
+def test_memory_is_given_out_again_when_nothing_refers_to_it_and_not_before():
+    memory = Memory((4, 3), np.dtype(np.uint8))
+    first = memory.take()
+    where, row, kept = first.data_ptr(), first[1:2], first.numpy()[2]
+    assert memory.take().data_ptr() != where
+    del first
+    assert memory.take().data_ptr() != where  # a row of it is still held
+    del row
+    assert memory.take().data_ptr() != where  # as an array
+    del kept
+    taken = [memory.take() for _ in range(3)]
+    assert where in {t.data_ptr() for t in taken} and len({t.data_ptr() for t in taken}) == 3

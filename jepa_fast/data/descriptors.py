@@ -34,15 +34,16 @@ class Descriptors:
         finally:
             self._give_back(file)
 
-    def will_need(self, file: Path, length: int, offset: int) -> None:
-        """Let the system read ahead what will be asked for. Never fails: the read itself will tell."""
+    def will_need(self, file: Path, pieces: list[tuple[int, int]]) -> None:
+        """Let the system read ahead the (offset, length) that will be asked for. Never fails: the read itself will tell."""
         try:
             descriptor = self._take(file)
         except OSError:
             return
         try:
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+                for offset, length in pieces:
+                    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
         except OSError:
             pass
         finally:

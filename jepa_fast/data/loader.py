@@ -28,7 +28,7 @@ from jepa_fast.data.masks import sample_masks
 from jepa_fast.data.mixture import Mixture
 from jepa_fast.data.order import Order, augmentation
 from jepa_fast.data.packing import Ladder
-from jepa_fast.data.ring import Ring, cuda_mark
+from jepa_fast.data.ring import Memory, Ring, cuda_mark
 from jepa_fast.data.shards import BadSample
 from jepa_fast.data.sources import Bad, Encoded, Joined, Source
 from jepa_fast.data.streams import Arrival, Stream
@@ -81,7 +81,8 @@ class Loader:
         self._kept: Kept | None = None
         self._device = torch.cuda.current_device() if self._pin else None
         self._ring: Ring | None = None
-        self._shape: tuple[tuple[int, ...], torch.dtype] | None = None
+        self._memory: Memory | None = None
+        self._shape: tuple[tuple[int, ...], np.dtype] | None = None
         self._ready: queue.Queue[HostBatch | BaseException] = queue.Queue(AHEAD)
         self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="decode")
@@ -215,11 +216,12 @@ class Loader:
             image = np.empty((data.channels, data.image_size, data.image_size), np.uint8)
             first = image if data.kind == "images" else self._load(epoch, sample)[0]
             assert isinstance(first, np.ndarray)
-            self._shape = ((self.rows.stop - self.rows.start, *first.shape), torch.from_numpy(first).dtype)
-        shape, dtype = self._shape
+            self._shape = ((self.rows.stop - self.rows.start, *first.shape), first.dtype)
         if not self._pin or self._decoder is not None:
-            return torch.empty(shape, dtype=dtype)
+            self._memory = self._memory or Memory(*self._shape)
+            return self._memory.take()
         if self._ring is None:
+            shape, dtype = self._shape[0], torch.from_numpy(np.empty(0, self._shape[1])).dtype
             self._ring = Ring(AHEAD + IN_WORK + 2, lambda: torch.empty(shape, dtype=dtype, pin_memory=True), cuda_mark)
         while not self._closing.is_set():
             buffer = self._ring.take(timeout=0.1)

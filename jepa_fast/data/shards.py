@@ -113,11 +113,12 @@ class Shards:
 
     def prepare(self, samples: np.ndarray) -> None:
         """Let the system read ahead what `read` will be asked for."""
-        for sample in samples.tolist():
-            shard, row = self.place(sample)
-            part = self.indexes[shard]
-            offset, length = int(part.rows["offset"][row]), int(part.rows["length"][row])
-            self._descriptors.will_need(self.files[shard], length, offset)
+        samples = np.sort(samples)
+        cuts = np.searchsorted(samples, self.starts)
+        for shard in np.flatnonzero(np.diff(cuts)).tolist():
+            rows = self.indexes[shard].rows[samples[cuts[shard] : cuts[shard + 1]] - self.starts[shard]]
+            wanted = zip(rows["offset"].tolist(), rows["length"].tolist(), strict=True)
+            self._descriptors.will_need(self.files[shard], list(wanted))
 
     def _read(self, shard: int, row: int, offset: int, length: int) -> bytes:
         if not length:
