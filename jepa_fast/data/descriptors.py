@@ -76,12 +76,12 @@ class Descriptors:
             self._close_down_to(self.most)
 
     def _close_down_to(self, count: int) -> None:
-        for file in list(self._open):
-            if len(self._open) <= count:
+        while len(self._open) > count:
+            idle = next((file for file in self._open if not self._users.get(file)), None)
+            if idle is None:
                 return
-            if not self._users.get(file):
-                os.close(self._open.pop(file))
-                self._users.pop(file, None)
+            os.close(self._open.pop(idle))
+            self._users.pop(idle, None)
 
 
 def _stamp(descriptor: int) -> tuple[int, int]:
