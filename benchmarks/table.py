@@ -37,6 +37,7 @@ HEADLINE = {
 # By another command than `python -m benchmarks NAME`.
 MEASURED_BY = {
     "profile": "python -m benchmarks.kernel_table --out benchmarks/results",
+    "data_scale": "python -m benchmarks.imagenet_scale FOLDER",
     "mask_modes": "python benchmarks/mask_modes.py",
 }
 

@@ -112,6 +112,17 @@ def test_what_a_stream_lost_is_counted_under_the_name_of_its_shard(folder):
     assert lost.key.startswith(pattern.replace("{0..4}", "1")) and got < set(range(50)) - {int(lost.key[-3:])}
 
 
+def test_a_damaged_copy_is_fetched_again_and_a_whole_one_is_not(folder):
+    file = folder / "s-train-0001.tar"
+    whole, url = file.read_bytes(), f"pipe:cat '{file}'"
+    file.write_bytes(whole[:9000])
+    assert streams.bring(url).read_bytes() == whole[:9000]
+    file.write_bytes(whole)
+    assert streams.bring(url).read_bytes() == whole
+    file.unlink()
+    assert streams.bring(url).read_bytes() == whole
+
+
 def test_what_cannot_be_fetched_is_one_sentence_and_leaves_nothing(folder, server, tmp_path):
     for path in (f"{server[0]}/missing.tar", "pipe:false", "pipe:echo no tar", "foo://x/y.tar"):
         with pytest.raises(UsageError, match="cannot fetch shard") as raised:

@@ -21,6 +21,7 @@ import numpy as np
 from webdataset.cache import FileCache
 
 from jepa_fast.data.cache import cache_folder
+from jepa_fast.data.index import index
 from jepa_fast.data.order import shuffled
 from jepa_fast.data.shards import Shards
 from jepa_fast.data.sources import Counts, Encoded, Source
@@ -142,8 +143,11 @@ class Stream:
 
 
 def bring(url: str) -> Path:
-    """A copy of a shard in the cache, made now if there is none. Raises UsageError after some attempts."""
+    """A copy of a shard in the cache, made now if there is none that is whole. Raises UsageError after some attempts."""
     folder = cache_folder() / "shards"
+    kept = folder / _name(_transport(url))
+    if _damaged(kept):  # by its transport, or mended since
+        kept.unlink(missing_ok=True)
     # By name alone (the library's way) the shards of two hosts would be taken for one another.
     cache = FileCache(str(folder), url_to_name=_name)
     for seconds in TRIES:
@@ -158,6 +162,13 @@ def bring(url: str) -> Path:
     code = re.search(r"exit (\d+) \(read\)", said)  # the library's words for a command that failed
     said = f"the command ended with {code[1]}" if code else said
     raise UsageError(f"cannot fetch shard {url} ({said}); check the URL, and the room in {folder}") from None
+
+
+def _damaged(shard: Path) -> bool:
+    try:
+        return shard.exists() and bool(index(shard).damage)
+    except UsageError:  # another process has taken it away
+        return False
 
 
 def _name(url: str) -> str:
