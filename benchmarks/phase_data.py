@@ -137,13 +137,35 @@ def spots(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
     return out + 0.7 * rng.normal(size=out.shape)
 
 
+# ---- of the fourth list ----------------------------------------------------------------------------
+
+
+def bursts(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
+    """Hiss that comes and goes, for as long altogether; the class is how long at a time."""
+    out = 0.8 * _ar1(rng, len(y), 0.9)
+    length = np.array([12, 36])[y]
+    for i, long in enumerate(length):
+        for at in rng.integers(0, LENGTH, 144 // long):
+            out[i, at : at + long] += 1.5 * rng.normal(size=len(out[i, at : at + long]))
+    return out
+
+
+def stripes(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
+    """Images [n, SIZE, SIZE] of a grating of any width under noise; the class is its direction."""
+    angle = (np.pi / 3 * y + rng.normal(0, 0.15, len(y)))[:, None, None]
+    grid, n = np.arange(SIZE), (len(y), 1, 1)
+    along = grid[:, None] * np.sin(angle) + grid * np.cos(angle)
+    return np.sin(2 * np.pi * (along / rng.uniform(4, 9, n) + rng.uniform(size=n))) + 1.2 * rng.normal(size=along.shape)
+
+
 # ---- files -----------------------------------------------------------------------------------------
 
 GENERATORS: dict[str, tuple[Generator, int]] = {  # and the number of classes
     "weak_line": (weak_line, 2), "impacts": (impacts, 3), "resonance": (resonance, 2), "bandwidth": (bandwidth, 2),
     "harmonics": (harmonics, 4), "chirp": (chirp, 2), "modulation": (modulation, 2), "pulses": (pulses, 3),
-    "colour": (colour, 2), "gaps": (gaps, 2), "spots": (spots, 3),
+    "colour": (colour, 2), "gaps": (gaps, 2), "spots": (spots, 3), "bursts": (bursts, 2), "stripes": (stripes, 3),
 }  # fmt: skip
+IMAGES = ("spots", "stripes")
 
 
 def write(folder: Path, name: str) -> Path:
@@ -163,7 +185,7 @@ def write(folder: Path, name: str) -> Path:
                 np.save(folder / f"{split}_labels.npy", y)
                 np.save(folder / f"{split}.npy", x.astype(np.float32))
         (folder / "written").touch()
-    return folder if name == "spots" else folder / "train.npy"
+    return folder if name in IMAGES else folder / "train.npy"
 
 
 def _write_images(folder: Path, x: np.ndarray, y: np.ndarray) -> None:
