@@ -8,7 +8,8 @@ What varies less between inputs may be what a label asks for, or not: without th
 still tell of the inputs) no rule on the other signals told the two apart on generators left out of its fit. So the
 content, where it is logged, outvotes all others together, and without it a confidence stays near even.
 
-Middles and weights were set on the tuning half of benchmarks/results/phase_runs.jsonl (benchmarks/calibrate_phase.py).
+Middles and weights were set on the tuning half of benchmarks/results/phase_runs.jsonl, confidences on all but its fresh
+runs (benchmarks/calibrate_phase.py).
 """
 
 import math
@@ -64,8 +65,9 @@ MOVED = "{gauge} went from {start:.3g} to {now:.3g} ({change:.2f}x)"
 CAME_BACK = "{gauge} was lowest at {lowest:.3g} and is {now:.3g} (start {start:.3g})"
 POOR = "{now:.1%} of the targets' energy varies between inputs"
 BIAS = -0.2  # of both beliefs: without a signal, no
-# Taken from the log odds: without content it brings the mean confidence of a call near the share that was right.
-CAUTION = {"collapse_suspected": 0.65, "recovery_suspected": 1.7}
+# Confidence is 1 / (1 + exp(-a - b * belief)): near the share of the calls that were right on the runs it was set on. Beyond
+# calling, belief hardly told right from wrong there, so b is small.
+SURE = {"collapse_suspected": (-0.35, 0.25), "recovery_suspected": (0.0, 0.5)}
 RESOLVED = 5  # records that a fall of the loss must have for the first to be its beginning
 CONTENT, LOST = 2.5, 0.03  # weight of the content, and the correlation that counts as a difference
 MINIMUM = 0.5  # weight of a loss minimum whose fall was tenfold
@@ -175,5 +177,6 @@ def _event(kind: str, step: int, called_at: int, belief: float, votes: list[Vote
     evidence = [vote.says() for vote in ordered if vote.share > 0.1]
     evidence += [f"but {vote.says()}" for vote in reversed(ordered) if vote.share < -0.1]
     evidence.append("no probe was looked at for this")
-    sure = 1 / (1 + math.exp(CAUTION[kind] - belief))
+    level, slope = SURE[kind]
+    sure = 1 / (1 + math.exp(-level - slope * belief))
     return Event(kind, step, called_at, round(sure, 3), tuple(evidence))
