@@ -1,5 +1,7 @@
 """The command line: a preset and fields over it; what is wrong is said in one line."""
 
+import json
+
 import pytest
 
 from jepa_fast import cli
@@ -97,8 +99,12 @@ def test_presets_without_data_say_what_to_put_where():
         assert data.embedded or data.hint, name
 
 
-def test_a_configuration_of_another_version_is_refused():
-    with pytest.raises(UsageError, match="unknown or missing field"):
+def test_a_configuration_of_an_earlier_version_is_read_and_of_another_refused():
+    config = preset("forda")
+    earlier = json.loads(to_json(config))
+    del earlier["optim"]["clip"], earlier["perturb"]
+    assert from_json(json.dumps(earlier)) == config
+    with pytest.raises(UsageError, match="unknown field surprise"):
         from_json('{"preset": "demo", "surprise": 1}')
     with pytest.raises(UsageError, match="not a configuration"):
         from_json("[1, 2")

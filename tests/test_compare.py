@@ -95,6 +95,15 @@ def test_the_corollary_stands_beside_what_was_measured(tmp_path, lags, says):
     assert any("One seed" in line for line in said)
 
 
+def test_a_minimum_that_the_loss_has_not_risen_from_is_told_to_be_none_yet(tmp_path):
+    folders = over_decay(tmp_path, (1, 2, 3))
+    records = [json.loads(line) for line in (folders[2] / "metrics.jsonl").read_text().splitlines()]
+    falling = [record | {"loss": 2.0 ** -(record["step"] / 500)} for record in records]
+    (folders[2] / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in falling))
+    (line,) = [line for line in compare.claims(compare.read_runs(folders)) if "step of the loss minimum" in line]
+    assert line.count("(no rise yet)") == 1 and "(no rise yet); rank" in line
+
+
 def test_seeds_are_averaged(tmp_path):
     said = compare.claims(compare.read_runs(over_decay(tmp_path, (1, 2, 3), seeds=(0, 1))))
     assert any("0.9: 1, 0.99: 2, 0.996: 3" in line for line in said) and not any("One seed" in line for line in said)

@@ -52,7 +52,8 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str, where: str = "config.json") -> Config:
-    """Read a saved configuration back. Raises UsageError if it is damaged or from another version."""
+    """Read a saved configuration back; fields that came later have their defaults. Raises UsageError if it is damaged or
+    has a field that this version does not know."""
     try:
         return _build(Config, json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -61,9 +62,9 @@ def from_json(text: str, where: str = "config.json") -> Config:
 
 def _build(cls: type, raw: dict[str, Any]) -> Any:
     hints = {name.rstrip("_"): (name, kind) for name, kind in typing.get_type_hints(cls).items()}
-    unknown = set(raw) ^ set(hints)
+    unknown = set(raw) - set(hints)
     if unknown:
-        raise ValueError(f"unknown or missing field {sorted(unknown)[0]}")
+        raise ValueError(f"unknown field {sorted(unknown)[0]}")
     values = {}
     for key, value in raw.items():
         name, kind = hints[key]
