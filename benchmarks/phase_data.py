@@ -137,7 +137,7 @@ def spots(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
     return out + 0.7 * rng.normal(size=out.shape)
 
 
-# ---- of the fourth list ----------------------------------------------------------------------------
+# ---- of the later lists ----------------------------------------------------------------------------
 
 
 def bursts(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
@@ -148,6 +148,20 @@ def bursts(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
         for at in rng.integers(0, LENGTH, 144 // long):
             out[i, at : at + long] += 1.5 * rng.normal(size=len(out[i, at : at + long]))
     return out
+
+
+def sawtooth(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
+    """Ramps of any rate; the class is whether they rise or fall, which no power spectrum tells."""
+    t, n = np.arange(LENGTH), (len(y), 1)
+    ramp = 2 * ((t / rng.uniform(25, 60, n) + rng.uniform(size=n)) % 1) - 1
+    return 1.2 * np.where(y[:, None] == 1, ramp, -ramp) + 0.7 * _ar1(rng, len(y))
+
+
+def echo(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
+    """Noise and a copy of it that comes later; the class is how much."""
+    x, t = _ar1(rng, len(y), 0.3), np.arange(LENGTH)
+    late = np.array([7, 12])[y] + rng.integers(-1, 2, len(y))
+    return x + 0.7 * x[np.arange(len(y))[:, None], (t - late[:, None]) % LENGTH] + 0.5 * _ar1(rng, len(y), 0.9)
 
 
 def stripes(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
@@ -164,6 +178,7 @@ GENERATORS: dict[str, tuple[Generator, int]] = {  # and the number of classes
     "weak_line": (weak_line, 2), "impacts": (impacts, 3), "resonance": (resonance, 2), "bandwidth": (bandwidth, 2),
     "harmonics": (harmonics, 4), "chirp": (chirp, 2), "modulation": (modulation, 2), "pulses": (pulses, 3),
     "colour": (colour, 2), "gaps": (gaps, 2), "spots": (spots, 3), "bursts": (bursts, 2), "stripes": (stripes, 3),
+    "sawtooth": (sawtooth, 2), "echo": (echo, 2),
 }  # fmt: skip
 IMAGES = ("spots", "stripes")
 

@@ -69,7 +69,7 @@ def test_a_collapse_and_its_end_are_called_while_they_happen(seed, every):
     assert (fall.kind, rise.kind) == ("collapse_suspected", "recovery_suspected")
     assert 100 <= fall.step <= fall.called_at <= (400 if every == 1 else 500)
     assert 650 <= rise.step <= rise.called_at <= 1150
-    assert fall.confidence > 0.4 and rise.confidence > 0.5
+    assert fall.confidence > 0.3 and rise.confidence > 0.5
 
 
 @pytest.mark.parametrize("keys", [("loss",), ("loss", "skill"), ("loss", "spread"), ("loss", "discrepancy/visible"),
@@ -128,7 +128,9 @@ def test_variation_that_falls_while_the_content_stays_raises_no_suspicion():
 def test_content_that_is_lost_is_a_collapse_and_content_regained_its_end():
     points = (0, 0.4), (200, 0.32), (600, 0.32), (1000, 0.5)
     fall, rise = suspected(content(collapse(), *points))
-    assert 100 <= fall.called_at <= 400 and 0.5 < fall.confidence < 0.7
+    assert 100 <= fall.called_at <= 400
+    more = suspected(content(collapse(), (0, 0.4), (100, 0.25), (600, 0.25), (1000, 0.5)))[0]
+    assert fall.confidence < 0.5 < 0.6 < more.confidence < 0.9
     assert 800 <= rise.called_at <= 1200 and rise.confidence > 0.8
     assert "content went from 0.400 to 0.32" in fall.evidence[0]
     assert story(content(jepa(1 + 0 * STEPS), *points)) == ["collapse", "recovery"]  # variation or not

@@ -65,11 +65,13 @@ MOVED = "{gauge} went from {start:.3g} to {now:.3g} ({change:.2f}x)"
 CAME_BACK = "{gauge} was lowest at {lowest:.3g} and is {now:.3g} (start {start:.3g})"
 POOR = "{now:.1%} of the targets' energy varies between inputs"
 BIAS = -0.2  # of both beliefs: without a signal, no
-# Confidence is 1 / (1 + exp(-a - b * belief)): near the share of the calls that were right on the runs it was set on. Beyond
-# calling, belief hardly told right from wrong there, so b is small.
-SURE = {"collapse_suspected": (-0.35, 0.25), "recovery_suspected": (0.0, 0.5)}
+# Confidence is 1 / (1 + exp(-a - b * belief)): near the share of the calls that were right on the runs it was set on, where a
+# dip could show. Beyond calling, belief told right from wrong only a little there, so b is small.
+SURE = {"collapse_suspected": (-0.75, 0.33), "recovery_suspected": (0.0, 0.5)}
 RESOLVED = 5  # records that a fall of the loss must have for the first to be its beginning
-CONTENT, LOST = 2.5, 0.03  # weight of the content, and the correlation that counts as a difference
+CONTENT = 2.5  # weight of the content
+LOST = {"collapse_suspected": 0.05, "recovery_suspected": 0.03}  # the correlation that counts as a difference
+MOST_LOST = 2.0  # votes of the content for a collapse: the more it has lost, the oftener a call is right
 MINIMUM = 0.5  # weight of a loss minimum whose fall was tenfold
 COLLAPSE = (
     Ballot("spread", 0.6, 0.12, 0.12, _fall, MOVED),
@@ -160,9 +162,9 @@ def _say(ballot: Ballot, reading: Reading) -> str:
 
 def _content(content: Content, kind: str) -> Vote:
     """Even at half of what counts as a difference, sure at all of it; against, until there are looks enough."""
-    lost = content.fall if kind == "collapse_suspected" else -content.fall
+    lost, most = (content.fall, MOST_LOST) if kind == "collapse_suspected" else (-content.fall, 1.0)
     said = f"content went from {content.start:.3f} to {content.now:.3f} (correlation with the inputs' spectra)"
-    return Vote(CONTENT, max(-1.0, min(1.0, 2 * lost / LOST - 1)), lambda: said)
+    return Vote(CONTENT, max(-1.0, min(most, 2 * lost / LOST[kind] - 1)), lambda: said)
 
 
 def _minimum(v: Valley) -> Vote:
