@@ -176,7 +176,9 @@ def reliability(chosen: list[Run]) -> str:
 def _half(run: Run) -> bool:
     """Whether two probes in a row were below the untrained encoder's by half the margin."""
     probed = [r for r in run.records if "probe/context" in r]
-    low = [r["probe/untrained"] - (r["probe/context"] + r["probe/target"]) / 2 >= phase.PROBE_MARGIN / 2 for r in probed]
+    low = [
+        r["probe/untrained"] - (r["probe/context"] + r["probe/target"]) / 2 >= phase.PROBE_MARGIN / 2 for r in probed
+    ]
     return any(a and b for a, b in pairwise(low))
 
 
@@ -205,11 +207,7 @@ def each(chosen: list[Run]) -> str:
 
 def report() -> str:
     everything = runs()
-    tuning = [run for run in everything if run.half == "tuning"]
-    untouched = [run for run in everything if run.half == "untouched"]
-    long = [run for run in everything if run.half == "long"]
-    mixed = [run for run in everything if run.half == "mixed"]
-    fresh = [run for run in everything if run.half == "fresh"]
+    halves = {name: [run for run in everything if run.half == name] for name in TITLES}
     keys = {k for run in everything for r in run.records for k in r}
     rules = {
         "every signal, of runs with `content`": detector(),
@@ -223,18 +221,21 @@ def report() -> str:
     }
     for key in ("rankme", "rankme/context", "participation", "alpha_req", "lidar", "spread", "loss"):
         if key in keys:
-            ratio = best_threshold(key, tuning)
+            ratio = best_threshold(key, halves["tuning"])
             rules[f"`{key}` at {ratio:g} of its start"] = threshold(key, ratio)
-    parts = [HEADER.format(tuning=len(tuning), untouched=len(untouched), long=len(long), mixed=len(mixed), fresh=len(fresh), every=grid.EVERY)]
-    halves = {"The tuning half": tuning, "The untouched half": untouched, "The long runs": long, "The mixed runs": mixed, "The fresh runs": fresh}
+    parts = [HEADER.format(every=grid.EVERY, **{name: len(chosen) for name, chosen in halves.items()})]
     for name, chosen in halves.items():
         generators = ", ".join(sorted({run.data for run in chosen}))
         dips = sum(run.below is not None for run in chosen)
-        parts.append(f"## {name}: {len(chosen)} runs, {dips} with a dip; {generators}\n")
+        parts.append(f"## {TITLES[name]}: {len(chosen)} runs, {dips} with a dip; {generators}\n")
         parts += [table(rules, chosen), "", reliability(chosen), "", each(chosen), ""]
     return "\n".join(parts)
 
 
+TITLES = {
+    "tuning": "The tuning half", "untouched": "The untouched half", "long": "The long runs", "mixed": "The mixed runs",
+    "fresh": "The fresh runs",
+}  # fmt: skip
 HEADER = """# How far the label-free events can be trusted
 
 Written by `python benchmarks/calibrate_phase.py --write`; the runs are in phase_runs.jsonl, made by phase_grid.py, logged
