@@ -122,6 +122,14 @@ def test_closing_early_ends_the_threads():
     assert threading.active_count() == before
 
 
+def test_a_closed_loader_gives_no_more_and_does_not_hang():
+    loader = Loader(config(), Noise(37), 5, 0, 1, 0, 50)
+    batches_of = iter(loader)
+    next(batches_of)
+    loader.close()
+    assert list(batches_of) == []
+
+
 def test_the_demo_trains_on_its_shards():
     demo = preset("demo")
     data = open_dataset(demo)

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -257,6 +259,41 @@ def test_few_files_stay_open_and_threads_may_share_them(folder):
     assert len(held._descriptors) <= 2
     held._descriptors.close()
     assert len(held._descriptors) == 0 and held.read(3) == expected[3]
+
+
+def test_sets_share_the_bound_on_open_files_which_is_the_process_s(folder, tmp_path):
+    """As a limit of 64 open files leaves 32 for shards, and four sets of 12 each would want 48."""
+    program = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+import io, tarfile
+from pathlib import Path
+from jepa_fast.data.shards import Shards
+sets = []
+for s in range(4):
+    for i in range(12):
+        with tarfile.open(Path({str(tmp_path)!r}) / f"{{s}}-{{i:02}}.tar", "w") as tar:
+            info = tarfile.TarInfo("a.jpg")
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    sets.append(Shards(sorted(Path({str(tmp_path)!r}).glob(f"{{s}}-*.tar"))))
+assert all(one.read(i) == b"abc" for _ in range(2) for one in sets for i in range(12))
+"""
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, env={**os.environ, "JEPA_FAST_CACHE": str(tmp_path / "c")}
+    )
+
+
+def test_a_shard_that_is_replaced_is_another_file_to_a_set_opened_since(folder):
+    files = find(str(folder))["train"].files
+    before = Shards(files)
+    assert before.read(0)
+    content = files[0].read_bytes()
+    files[0].unlink()
+    files[0].write_bytes(content.replace(b"00000", b"00007"))
+    os.utime(files[0], ns=(1, 1))
+    after = Shards(files)
+    assert after.key(0) != before.key(0) and after.read(0) and before.read(0)  # by the file that is still open
 
 
 def test_a_shard_that_disappears_is_a_bad_sample(folder):

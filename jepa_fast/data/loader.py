@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -100,6 +101,8 @@ class Loader:
         for _ in self.steps:
             began = time.monotonic()
             batch = self._ready.get()
+            if isinstance(batch, _Closing):
+                return
             if isinstance(batch, BaseException):
                 raise batch
             batch.wait = time.monotonic() - began
@@ -113,6 +116,10 @@ class Loader:
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
+            with suppress(queue.Empty):
+                while True:
+                    self._ready.get_nowait()
+            self._ready.put(_Closing())  # whoever still asks is told
         self._pool.shutdown(cancel_futures=True)
         if isinstance(self.source, Stream):
             self.source.close()

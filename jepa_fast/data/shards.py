@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_fast.data.descriptors import Descriptors
+from jepa_fast.data import descriptors
 from jepa_fast.data.grouping import NO_LABEL, PAYLOADS
 from jepa_fast.data.index import Index, index
 from jepa_fast.data.writing import write_shards
@@ -40,7 +40,7 @@ class Shards:
         self.shard_names = names or short_names(files)
         self.indexes = _indexes(files)
         self.starts = np.cumsum([0, *map(len, self.indexes)]).tolist()  # of each shard, and the end
-        self._descriptors = Descriptors()
+        self._descriptors = descriptors.shared()
         self._changed: dict[int, Index] = {}  # shards that are not what they were when they were opened
         self.told = lengths or [part.expected for part in self.indexes]  # samples each should have; 0: nobody knows
         self.lost = _lost(self.shard_names, self.indexes, self.told)
@@ -118,7 +118,7 @@ class Shards:
         for shard in np.flatnonzero(np.diff(cuts)).tolist():
             rows = self.indexes[shard].rows[samples[cuts[shard] : cuts[shard + 1]] - self.starts[shard]]
             wanted = zip(rows["offset"].tolist(), rows["length"].tolist(), strict=True)
-            self._descriptors.will_need(self.files[shard], list(wanted))
+            self._descriptors.will_need(self.files[shard], list(wanted), self._stamp(shard))
 
     def _read(self, shard: int, row: int, offset: int, length: int) -> bytes:
         if not length:

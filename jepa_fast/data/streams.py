@@ -32,6 +32,7 @@ PROMISE = (
     "for both, copy them first: python -m jepa_fast.shards SOURCE FOLDER"
 )
 TRIES = (0.0, 1.0, 4.0)  # seconds before each attempt to bring a shard here
+_BROUGHT: set[str] = set()  # URLs that this process has a copy of
 IN_WORK = 8  # batches whose samples are kept; the loader has two in work
 PART = 2**34  # of the streams of random words: the order of the shards
 
@@ -143,20 +144,31 @@ class Stream:
 
 
 def bring(url: str) -> Path:
-    """A copy of a shard in the cache, made now if there is none that is whole. Raises UsageError after some attempts."""
+    """A copy of a shard in the cache, made now if there is none. Raises UsageError after some attempts.
+
+    A copy that an earlier run left damaged is made anew, once a process: its transport may have been cut, or the shard mended.
+    It is replaced and never taken away, as others may be reading it.
+    """
+    name = _name(_transport(url))
+    kept = cache_folder() / "shards" / name
+    if url not in _BROUGHT and _damaged(kept):
+        os.replace(_fetched(url, f"again{os.getpid()}-{name}"), kept)
+    _BROUGHT.add(url)
+    return _fetched(url, name)
+
+
+def _fetched(url: str, name: str) -> Path:
+    """The file of that name in the cache, fetched now if it is not there."""
     folder = cache_folder() / "shards"
-    kept = folder / _name(_transport(url))
-    if _damaged(kept):  # by its transport, or mended since
-        kept.unlink(missing_ok=True)
     # By name alone (the library's way) the shards of two hosts would be taken for one another.
-    cache = FileCache(str(folder), url_to_name=_name)
+    cache = FileCache(str(folder), url_to_name=lambda _: name)
     for seconds in TRIES:
         time.sleep(seconds)
         try:
             return Path(cache.get_file(_transport(url)))
         except Exception as error:  # whatever a transport raises
             trouble = error
-            for partial in folder.glob(f"{_name(_transport(url))}.temp{os.getpid()}"):
+            for partial in folder.glob(f"{name}.temp{os.getpid()}"):
                 partial.unlink(missing_ok=True)
     said = (str(trouble).splitlines() or [type(trouble).__name__])[0]
     code = re.search(r"exit (\d+) \(read\)", said)  # the library's words for a command that failed
