@@ -255,3 +255,17 @@ def test_no_records_no_events():
 def test_a_step_seen_twice_counts_once():
     clean = curve("loss", dip())
     assert phase.detect(clean[:50] + clean[30:]) == phase.detect(clean)
+
+
+def test_a_probe_that_failed_is_not_one_that_is_not_there():
+    rows = [
+        {"step": s, "probe/untrained": 0.6, "probe/target": 0.56, "probe/context": float("nan")} for s in (0, 100, 200)
+    ]
+    assert phase.detect(rows) == []
+    assert phase.detect([{k: v for k, v in row.items() if k != "probe/context"} for row in rows])
+
+
+def test_numbers_at_the_ends_of_the_range_are_no_reason_to_fail():
+    for tiny, huge in ((1e-160, 1e160), (1e-299, 1e299)):
+        rows = [{"step": s, "loss": tiny, "spread": huge, "norm/target": tiny, "skill": 1 - 1e-16} for s in range(30)]
+        assert phase.detect(rows) == []

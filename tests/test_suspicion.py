@@ -136,6 +136,14 @@ def test_content_that_is_lost_is_a_collapse_and_content_regained_its_end():
     assert story(content(jepa(1 + 0 * STEPS), *points)) == ["collapse", "recovery"]  # variation or not
 
 
+def test_content_that_never_was_cannot_be_lost_and_is_not_asked():
+    without = suspected(collapse())[0]
+    for start in (0.0, 0.03):
+        fall = suspected(content(collapse(), (0, start), (1500, start), untrained=start))[0]
+        assert (fall.step, fall.called_at, fall.confidence) == (without.step, without.called_at, without.confidence)
+    assert story(content(collapse(), (0, 0.0), (200, 0.3), (1500, 0.6), untrained=0.0)) == []  # what is gained speaks
+
+
 def test_content_that_says_neither_leaves_the_vetoes_in_force():
     unsure = (0, 0.4), (200, 0.386), (1500, 0.386)
     assert story(content(collapse(share=0.35), *unsure)) == []

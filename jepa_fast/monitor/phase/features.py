@@ -17,8 +17,9 @@ class Features:
 
     def add(self, step: int, record: dict[str, Any]) -> Event | None:
         untrained = number(record.get("probe/untrained"))
-        probes = [p for name in ("context", "target") if (p := number(record.get(f"probe/{name}"))) is not None]
-        if untrained is None or not probes:
+        found = [record[key] for key in ("probe/context", "probe/target") if record.get(key) is not None]
+        probes = [p for value in found if (p := number(value)) is not None]
+        if untrained is None or not probes or len(probes) < len(found):  # one that failed is not one that is not there
             return None
         mean = sum(probes) / len(probes)
         gap = round(untrained - mean, 9) * (-1 if self.below else 1)  # rounded: 0.026 apart is apart, in binary too

@@ -119,16 +119,18 @@ class Signals:
         )
         relative, gap = positive(record.get("discrepancy/relative")), values["discrepancy/visible"]
         if spread is None and gap and relative:
-            spread = values["spread"] = gap / relative
+            spread = values["spread"] = positive(gap / relative)
         # The loss of the best constant predictor is the variation of the targets, in units of the loss.
-        constant = values["constant loss"] = loss / (1 - skill) if loss and skill is not None and skill < 1 else None
+        constant = loss / (1 - skill) if loss and skill is not None and skill < 1 else None
+        constant = values["constant loss"] = positive(constant)
         # The first loss is about the targets' energy, as the predictor starts near 0.
         self.energy = loss if self.energy is None else self.energy
-        values["share"] = (
-            (spread / norm) ** 2 if spread and norm else constant / self.energy if constant and self.energy else None
+        ratio = spread / norm if spread and norm else None
+        values["share"] = positive(
+            ratio * ratio if ratio else constant / self.energy if constant and self.energy else None
         )
         # With a skill of 0 or less the loss is no less than the constant's, so that this is no less than the share.
-        values["loss share"] = loss / self.energy if loss and self.energy else None
+        values["loss share"] = positive(loss / self.energy if loss and self.energy else None)
         return values
 
 

@@ -123,7 +123,7 @@ class Suspicions:
             return None
         kind = self.expected[0]
         ballots: tuple[Ballot, ...] = COLLAPSE if kind == "collapse_suspected" else RECOVERY
-        votes = [_content(self.content, kind)] if self.content.start is not None else []
+        votes = _content(self.content, kind)
         if any(vote.share > 0 for vote in votes):  # it knows better than the vetoes
             ballots = tuple(ballot for ballot in ballots if ballot.most > 0)
         votes += _votes(self.gauges, ballots)
@@ -160,11 +160,18 @@ def _say(ballot: Ballot, reading: Reading) -> str:
     return ballot.says.format(gauge=name, change=reading.now / reading.start, **reading._asdict())
 
 
-def _content(content: Content, kind: str) -> Vote:
-    """Even at half of what counts as a difference, sure at all of it; against, until there are looks enough."""
+def _content(content: Content, kind: str) -> list[Vote]:
+    """Even at half of what counts as a difference, sure at all of it; against, until there are looks enough.
+
+    None where the untrained features told too little to lose it, unless more is told now.
+    """
+    if content.start is None:
+        return []
+    if kind == "collapse_suspected" and -LOST[kind] < content.fall and content.start < LOST[kind]:
+        return []
     lost, most = (content.fall, MOST_LOST) if kind == "collapse_suspected" else (-content.fall, 1.0)
     said = f"content went from {content.start:.3f} to {content.now:.3f} (correlation with the inputs' spectra)"
-    return Vote(CONTENT, max(-1.0, min(most, 2 * lost / LOST[kind] - 1)), lambda: said)
+    return [Vote(CONTENT, max(-1.0, min(most, 2 * lost / LOST[kind] - 1)), lambda: said)]
 
 
 def _minimum(v: Valley) -> Vote:
