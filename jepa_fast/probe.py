@@ -147,7 +147,12 @@ def table(found: dict[str, Any]) -> str:
         )
     best, untrained = (max(found["encoders"][n][head] for n in names) for names in (("context", "target"), ("untrained",)))  # fmt: skip
     if best - untrained < 2 * math.sqrt(2) * error:
-        lines.append("neither encoder stands clearly above the untrained one")
+        lower = untrained - best >= 2 * math.sqrt(2) * error
+        lines.append(
+            "both encoders stand clearly below the untrained one"
+            if lower
+            else "neither encoder stands clearly above the untrained one"
+        )
     return "\n".join(lines)
 
 

@@ -68,6 +68,10 @@ class Run:
             "schedule/weight_decay": schedules.weight_decay(self.config.optim, step, self.steps),
             "schedule/ema_decay": schedules.ema_decay(self.config.ema, step, self.steps),
         }
+        masks = self.config.masks
+        if masks.schedule != "constant":
+            now = schedules.masks(masks, step, self.steps)
+            levers |= {"schedule/ratio": now.ratio, "schedule/target_scale": sum(now.target_scale) / 2}
         return self.clock.report() | self.loader.health.record() | levers
 
     def saves(self, step: int) -> bool:

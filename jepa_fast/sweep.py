@@ -192,11 +192,12 @@ def main(argv: list[str] | None = None) -> int:
     if plan.dry:
         print("\n".join(names))
         return 0
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         failed = execute(plan)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     print()
     print(conclude(plan))
     for name, why in failed.items():

@@ -102,6 +102,11 @@ def test_a_minimum_that_the_loss_has_not_risen_from_is_told_to_be_none_yet(tmp_p
     (folders[2] / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in falling))
     (line,) = [line for line in compare.claims(compare.read_runs(folders)) if "step of the loss minimum" in line]
     assert line.count("(no rise yet)") == 1 and "(no rise yet); rank" in line
+    risen = [r | {"loss": r["loss"] * (30 if 600 <= r["step"] <= 800 else 1)} for r in falling]
+    back = [r | {"loss": min(r["loss"], 0.2 if r["step"] < 600 else 1) if r["step"] < 900 else 0.3} for r in risen]
+    (folders[2] / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in back))
+    (line,) = [line for line in compare.claims(compare.read_runs(folders)) if "step of the loss minimum" in line]
+    assert "no rise" not in line  # it has risen, though it came back
 
 
 def test_seeds_are_averaged(tmp_path):

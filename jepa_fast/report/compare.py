@@ -173,7 +173,7 @@ def _by(runs: list[Compared], field: str) -> dict[float, list[dict[str, float]]]
         return {}
     groups: dict[float, list[dict[str, float]]] = {}
     for run in sorted(runs, key=order):
-        groups.setdefault(run.fields[field], []).append(measure(run))
+        groups.setdefault(run.fields[field], []).append(measure(run) | {"risen": _risen(run)})
     return groups
 
 
@@ -182,7 +182,7 @@ def _claim(claim: str, groups: dict[float, list[dict[str, float]]], key: str, si
     points = [(x, statistics.fmean(m[key] for m in group)) for x, group in groups.items() if all(m[key] == m[key] for m in group)]  # fmt: skip
     if len(points) < 3:
         return f"{claim}. Not measured here."
-    pending = {x for x, group in groups.items() if key == "loss minimum at" and any(map(_is_pending, group))}
+    pending = {x for x, group in groups.items() if key == "loss minimum at" and any(m["risen"] <= 1.3 for m in group)}
     shown = ", ".join(f"{x:g}: {y:.3g}{' (no rise yet)' if x in pending else ''}" for x, y in points)
     rho = spearman([x for x, _ in points], [y for _, y in points])
     if not sign:
@@ -192,9 +192,11 @@ def _claim(claim: str, groups: dict[float, list[dict[str, float]]], key: str, si
     return f"{claim}. Measured, {what}: {shown}; rank correlation {rho:+.2f}: {agrees}."
 
 
-def _is_pending(measured: dict[str, float]) -> bool:
-    """Whether the loss has not risen again (by 1.3 times, as the event asks for): its minimum may be yet to come."""
-    return measured["loss at end"] <= 1.3 * measured["loss minimum"]
+def _risen(run: Compared) -> float:
+    """How many times its minimum the loss has been since: up to 1.3 (what the event asks for) it may be yet to come."""
+    loss = smooth(values(run.records, "loss"))
+    bottom = min(range(len(loss)), key=lambda i: loss[i][1], default=0)
+    return max((v for _, v in loss[bottom:]), default=float("nan")) / loss[bottom][1] if loss else float("nan")
 
 
 def spearman(x: list[float], y: list[float]) -> float:

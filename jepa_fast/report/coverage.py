@@ -22,6 +22,7 @@ class Coverage:
     hidden: np.ndarray  # [INPUTS], |M|, tokens hidden from the context encoder
     grid: tuple[int, ...]
     blocks: bool  # whether whole blocks are hidden, as remark B.2 has it
+    scheduled: bool  # whether later steps have others
 
     @property
     def p(self) -> float:
@@ -52,6 +53,7 @@ def coverage(config: Config) -> Coverage:
         n - masks.context_lengths,
         config.grid,
         config.masks.mode not in BLOCKLESS,
+        config.masks.schedule != "constant",
     )
 
 
@@ -63,6 +65,8 @@ def sentences(found: Coverage) -> list[str]:
         f"{found.p:.1%} of {n} tokens are hidden from the context encoder on average (pN = {found.hidden.mean():.1f}).",
         f"The number hidden has variance {variance:.3g}; independent tokens (remark B.1) would have {found.bernoulli_variance:.3g}.",
     ]
+    if found.scheduled:
+        said.insert(0, "These are the first step's masks; --masks.schedule changes them over the run.")
     if variance == 0:
         said.append("The count is fixed, so remark B.1, which models it as random, does not describe these masks.")
     elif found.blocks and variance > found.bernoulli_variance:
