@@ -15,6 +15,7 @@ from jepa_fast.clock import Clock
 from jepa_fast.config import Config, to_json
 from jepa_fast.data.dataset import Dataset
 from jepa_fast.data.loader import Loader
+from jepa_fast.data.masks_reference import BLOCKLESS
 from jepa_fast.data.packing import MaskPlan
 from jepa_fast.data.sources import Bad
 from jepa_fast.ema import TargetEMA
@@ -71,7 +72,10 @@ class Run:
         masks = self.config.masks
         if masks.schedule != "constant":
             now = schedules.masks(masks, step, self.steps)
-            levers |= {"schedule/ratio": now.ratio, "schedule/target_scale": sum(now.target_scale) / 2}
+            if masks.mode in BLOCKLESS:
+                levers["schedule/ratio"] = now.ratio
+            else:
+                levers["schedule/target_scale"] = sum(now.target_scale) / 2
         return self.clock.report() | self.loader.health.record() | levers
 
     def saves(self, step: int) -> bool:

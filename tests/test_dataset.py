@@ -233,6 +233,8 @@ def test_several_sets_are_mixed_by_weight_and_the_first_is_probed(tmp_path):
     assert len(data.train) == 32 and data.train.sizes == [20, 12] and data.train.labels is None
     assert len(data.probe_train) + len(data.probe_test) == 20 and data.num_classes == 2
     assert any("the probe looks at" in note for note in data.notes)
+    probed = {part.key(i) for part in (data.probe_train, data.probe_test) for i in range(len(part))}
+    assert probed == {data.train.key(i) for i in range(20)}  # one name each: a bad one is counted once
     assert len(open_dataset(small_images(path)).train) == 32  # without weights: one set
     with pytest.raises(UsageError, match=r"--data.weights has 1 numbers and --data.path 2 entries"):
         open_dataset(small_images(path, **{"data.weights": (1.0,)}))

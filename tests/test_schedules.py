@@ -1,5 +1,6 @@
 """Levers: what is asked for at the start, at the end and between, and only that."""
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jepa_fast.model.jepa import JEPA
 from jepa_fast.perturb import perturb
 from jepa_fast.presets import preset
 from jepa_fast.rundir import saved_config
+from jepa_fast.train import main
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -38,6 +40,14 @@ def test_the_masking_ratio_goes_where_it_is_told_and_the_loader_follows(tmp_path
     assert schedules.masks(blocks, 0, 10).target_scale == blocks.target_scale
     assert schedules.masks(blocks, 10, 10).target_scale == pytest.approx((0.05, 0.1))
     assert schedules.masks(preset("textures").masks, 5, 10) == preset("textures").masks
+
+
+def test_a_scheduled_ratio_stands_in_the_log(tmp_path):
+    levers = ["--masks.schedule", "linear", "--masks.ratio", "0.3", "--masks.final_ratio", "0.9"]
+    assert main(["demo", "--run.dir", str(tmp_path / "run"), "--train.steps", "3", "--log.every", "1", *levers]) == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["schedule/ratio"] for r in records] == pytest.approx([0.3, 0.5, 0.7, 0.9])
+    assert not any("schedule/target_scale" in r for r in records)  # there are no blocks
 
 
 @pytest.mark.parametrize("changes", [

@@ -182,12 +182,12 @@ class Lost:
 
 
 class Joined:
-    """Several sources, numbered one after the other. No labels: class 3 of one is not class 3 of another."""
-
-    labels = None
+    """Several sources, numbered one after the other. No labels but those of a single one: class 3 of one is not class 3
+    of another."""
 
     def __init__(self, sources: Sequence[Source], names: Sequence[str]):
         self.sources, self.names = sources, names
+        self.labels = sources[0].labels if len(sources) == 1 else None
         self.sizes = [len(s) for s in sources]
         self._starts = np.cumsum([0, *self.sizes]).tolist()
 
