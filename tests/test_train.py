@@ -98,7 +98,7 @@ def test_every_key_a_run_writes_is_defined_and_every_defined_key_is_written():
     for key in written:
         assert any(re.fullmatch(pattern, key) for pattern in defined), f"{key} is not in docs/metrics.md"
     for pattern, when in defined.items():
-        if "CUDA" not in when or torch.cuda.is_available():
+        if "mask schedule" not in when and ("CUDA" not in when or torch.cuda.is_available()):
             assert any(re.fullmatch(pattern, key) for key in written), f"{pattern} is never written"
 
 
