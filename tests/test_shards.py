@@ -284,6 +284,17 @@ assert all(one.read(i) == b"abc" for _ in range(2) for one in sets for i in rang
     )
 
 
+def test_verify_says_that_more_may_be_missing_behind_a_damage(folder, tmp_path):
+    from jepa_fast.data.inspection import verify
+
+    file = find(str(folder))["train"].files[0]
+    middle = int(Shards([file]).indexes[0].rows["offset"][4]) + 20
+    (tmp_path / "cut.tar").write_bytes(file.read_bytes()[:middle])
+    found = list(verify(Shards([tmp_path / "cut.tar"]), 1, lambda done, of: None))
+    assert any(t.fatal and "in the middle of it" in t.what for t in found)
+    assert any("how many samples came after is unknown" in t.what for t in found)
+
+
 def test_a_shard_that_is_replaced_is_another_file_to_a_set_opened_since(folder):
     files = find(str(folder))["train"].files
     before = Shards(files)

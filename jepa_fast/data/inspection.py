@@ -36,7 +36,9 @@ def verify(held: Shards, workers: int, progress: Callable[[int, int], None]) -> 
     """Read and decode every sample; what is wrong, in file order."""
     for where, why in held.lost:
         yield Trouble(where, why, True)
-    for name, part in zip(held.shard_names, held.indexes, strict=True):
+    for name, part, told in zip(held.shard_names, held.indexes, held.told, strict=True):
+        if part.damage and part.lost and not told:  # else what lies behind the damage is among the lost
+            yield Trouble(name, f"{part.damage}; how many samples came after is unknown", False)
         if part.unmarked:
             yield Trouble(name, "ends without an end-of-archive mark: it may have been cut between two samples", False)
         if part.beside:
