@@ -146,13 +146,11 @@ def table(found: dict[str, Any]) -> str:
             f"standard error up to {error:.3f}"
         )
     best, untrained = (max(found["encoders"][n][head] for n in names) for names in (("context", "target"), ("untrained",)))  # fmt: skip
-    if best - untrained < 2 * math.sqrt(2) * error:
-        lower = untrained - best >= 2 * math.sqrt(2) * error
-        lines.append(
-            "both encoders stand clearly below the untrained one"
-            if lower
-            else "neither encoder stands clearly above the untrained one"
-        )
+    clear = 2 * math.sqrt(2) * error
+    if best <= untrained - clear:
+        lines.append("both encoders stand clearly below the untrained one")
+    elif best < untrained + clear:
+        lines.append("neither encoder stands clearly above the untrained one")
     return "\n".join(lines)
 
 

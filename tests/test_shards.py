@@ -262,7 +262,7 @@ def test_few_files_stay_open_and_threads_may_share_them(folder):
 
 
 def test_sets_share_the_bound_on_open_files_which_is_the_process_s(folder, tmp_path):
-    """As a limit of 64 open files leaves 32 for shards, and four sets of 12 each would want 48."""
+    """As a limit of 64 open files leaves 32 for shards, and eight sets of 12 each would want 96."""
     program = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -270,7 +270,7 @@ import io, tarfile
 from pathlib import Path
 from jepa_fast.data.shards import Shards
 sets = []
-for s in range(4):
+for s in range(8):
     for i in range(12):
         with tarfile.open(Path({str(tmp_path)!r}) / f"{{s}}-{{i:02}}.tar", "w") as tar:
             info = tarfile.TarInfo("a.jpg")

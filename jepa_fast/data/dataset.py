@@ -92,10 +92,8 @@ def _join(found: list[str], parts: list[Parts], data: Data) -> Parts:
         raise UsageError(f"the sets of --data.path hold samples of different shapes, {shapes}; mix those of one shape")
     lost = [(f"{entry}: {where}", why) for entry, part in zip(found, parts, strict=True) for where, why in part.lost]
     notes = [note for part in parts for note in part.notes] + [f"the probe looks at {found[0]} alone"]
-    first, name = (
-        parts[0],
-        found[:1],
-    )  # under the names that the samples have in training, so that a bad one counts once
+    # The probe's samples have the names that they have in training, so that a bad one counts once.
+    first, name = parts[0], found[:1]
     probe = Parts(Joined([first.train], name), Joined([first.test], name) if first.test is not None else None, contents)
     return Parts(Joined([part.train for part in parts], found), None, contents, lost, notes, probe)
 

@@ -8,8 +8,8 @@ What varies less between inputs may be what a label asks for, or not: without th
 still tell of the inputs) no rule on the other signals told the two apart on generators left out of its fit. So the
 content, where it is logged, outvotes all others together, and without it a confidence stays near even.
 
-Middles and weights were set on the tuning half of benchmarks/results/phase_runs.jsonl, confidences on all but its fresh
-runs (benchmarks/calibrate_phase.py).
+Middles and weights were set on the tuning half of benchmarks/results/phase_runs.jsonl, confidences and what a loss of
+content counts for on all but its fresh runs (benchmarks/calibrate_phase.py).
 """
 
 import math
