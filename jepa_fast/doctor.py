@@ -98,6 +98,7 @@ def choices(device: torch.device) -> Iterator[tuple[str, str]]:
     why = "" if ema != "torch" else " (the C++ extension was not built: a compiler and a new installation mend it)"
     yield "EMA kernel", f"{ema} of {', '.join(backends)}{why if device.type == 'cpu' else ''}"
     yield "mask sampler", "C++" if extension() else "Python (the C++ extension was not built: slower, same masks)"
+    yield "tar headers", "C++" if extension() else "Python (the C++ extension was not built: slower, same index)"
     yield "image resize", "C++" if extension() else "Pillow (the C++ extension was not built: slower, same pixels)"
     backend, reason = choose_backend(device, half=device.type == "cuda")
     yield "ragged attention", f"{backend} ({reason})"

@@ -5,19 +5,31 @@ import io
 import os
 import tarfile
 
+import numpy as np
 import pytest
 
+from jepa_fast.data import tar
+from jepa_fast.data.extension import extension
 from jepa_fast.data.tar import TarDamage, Window, members
 
 NAMES = ["a.jpg", "deep/er/b.cls", "../../out.jpg", "n" * 99 + ".jpg", "x" * 120 + "/" + "y" * 90 + ".jpg", "z" * 300 + ".json", "ärger.jpg", "a b.jpg"]  # fmt: skip
 
 
+@pytest.fixture(params=["cpp", "python"], autouse=True)
+def reader(request, monkeypatch):
+    """Each test holds for the C++ reader and for the Python one that it leaves the rest to."""
+    if request.param == "cpp" and extension() is None:
+        pytest.skip("jepa_fast_C is not built")
+    if request.param == "python":
+        monkeypatch.setattr(tar, "extension", lambda: None)
+
+
 def write(file, names=NAMES, format=tarfile.GNU_FORMAT, data=lambda i: bytes([i]) * (i * 700 % 2000)):
-    with tarfile.open(file, "w", format=format) as tar:
+    with tarfile.open(file, "w", format=format) as made:
         for i, name in enumerate(names):
             info = tarfile.TarInfo(name)
             info.size = len(data(i))
-            tar.addfile(info, io.BytesIO(data(i)))
+            made.addfile(info, io.BytesIO(data(i)))
 
 
 def scan(file):
@@ -39,8 +51,8 @@ def test_members_are_those_that_tarfile_finds(tmp_path, format):
     write(tmp_path / "x.tar", format=format)
     found, damage = scan(tmp_path / "x.tar")
     assert damage is None
-    with tarfile.open(tmp_path / "x.tar") as tar:
-        expected = [(m.name, m.offset_data, m.size) for m in tar]
+    with tarfile.open(tmp_path / "x.tar") as made:
+        expected = [(m.name, m.offset_data, m.size) for m in made]
     assert [(m.name.decode(), m.data, m.size) for m in found] == expected
 
 
@@ -79,7 +91,7 @@ def test_sizes_of_more_than_8_gib_are_read(tmp_path, format):
 
 
 def test_links_folders_and_devices_are_passed_over(tmp_path):
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+    with tarfile.open(tmp_path / "x.tar", "w") as made:
         for name, kind in (
             ("d", tarfile.DIRTYPE),
             ("l.jpg", tarfile.SYMTYPE),
@@ -89,7 +101,7 @@ def test_links_folders_and_devices_are_passed_over(tmp_path):
         ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "r.jpg"
-            tar.addfile(info)
+            made.addfile(info)
     assert [m.name for m in scan(tmp_path / "x.tar")[0]] == [b"r.jpg"]
 
 
@@ -151,3 +163,64 @@ def test_garbage_in_the_middle_ends_the_scan_there(tmp_path):
     (tmp_path / "x.tar").write_bytes(data)
     found, damage = scan(tmp_path / "x.tar")
     assert [m.name for m in found] == [b"a.jpg"] and "byte 1536" in str(damage)
+
+
+def test_small_payloads_come_with_their_headers_if_they_come_at_all(tmp_path):
+    sizes = [0, 1, 511, 512, 513, 5000, 3, 100_000, 7]
+    write(tmp_path / "x.tar", [f"{i}.cls" for i in range(len(sizes))], data=lambda i: bytes([65 + i]) * sizes[i])
+    found, _ = scan(tmp_path / "x.tar")
+    assert [m.size for m in found] == sizes
+    for i, member in enumerate(found):
+        assert member.content in (None, bytes([65 + i]) * sizes[i])
+
+
+def dialects(rng):
+    """A tar of everything that writers do, some of it more than once, in any order."""
+    blocks = []
+    for i in range(int(rng.integers(1, 12))):
+        info = tarfile.TarInfo(
+            ("p" * 90 + "/") * int(rng.integers(0, 3)) + f"{i}." + str(rng.choice(["jpg", "cls", "json"]))
+        )
+        info.size = int(rng.choice([0, 1, 511, 512, 600, 5000]))
+        info.mtime = float(rng.choice([0, 1.5]))
+        info.type = bytes(rng.choice([tarfile.REGTYPE, tarfile.REGTYPE, tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE]))  # fmt: skip
+        if info.type in (tarfile.DIRTYPE, tarfile.SYMTYPE):
+            info.size = 0
+        if rng.random() < 0.2:
+            info.pax_headers = {
+                str(rng.choice(["comment", "path", "LIBARCHIVE.creationtime"])): "ä" * int(rng.integers(1, 900))
+            }
+        format = int(rng.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+        blocks.append(info.tobuf(format, "utf-8", "surrogateescape") + rng.bytes(info.size) + bytes(-info.size % 512))
+    return b"".join(blocks) + bytes(1024)
+
+
+def damaged(rng, content):
+    """With some bytes of its headers changed: of name, size, sum, kind, magic or prefix."""
+    content = bytearray(content)
+    for _ in range(int(rng.integers(1, 4))):
+        place = int(rng.choice([0, 50, *range(124, 136), 150, 156, 257, 262, 263, 345, 400]))
+        at = int(rng.integers(len(content) // 512)) * 512 + place
+        content[at] = int(rng.choice([0, 32, 48, 55, 56, 95, 0x80, 120, int(rng.integers(256))]))
+    return bytes(content)
+
+
+@pytest.mark.skipif(extension() is None, reason="jepa_fast_C is not built")
+@pytest.mark.parametrize("reader", ["both"])
+def test_both_readers_tell_the_same_of_whole_cut_and_damaged_files(tmp_path, reader, monkeypatch):
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        whole = dialects(rng)
+        cut = [whole[: int(rng.integers(len(whole)))] for _ in range(10)]
+        for content in [whole, *cut, *(damaged(rng, whole) for _ in range(40))]:
+            (tmp_path / "x.tar").write_bytes(content)
+            by_cpp, its_damage = scan(tmp_path / "x.tar")
+            with monkeypatch.context() as patch:
+                patch.setattr(tar, "extension", lambda: None)
+                by_python, damage = scan(tmp_path / "x.tar")
+            assert [m[:4] for m in by_cpp] == [m[:4] for m in by_python]
+            assert all(m.content in (None, content[m.data : m.data + m.size]) for m in by_cpp)
+            assert (repr(its_damage), getattr(its_damage, "member", b"")) == (
+                repr(damage),
+                getattr(damage, "member", b""),
+            )

@@ -3,8 +3,9 @@
 #include "module.h"
 
 PYBIND11_MODULE(jepa_fast_C, m) {
-    m.doc() = "Mask sampler and image resize; use them through jepa_fast.data.masks and jepa_fast.data.images.";
-    m.attr("ABI") = 2;
+    m.doc() = "Headers of shards, image resize, mask sampler; use them through jepa_fast.data.";
+    m.attr("ABI") = 3;
+    define_headers(m);
     define_masks(m);
     define_resize(m);
 }

@@ -6,5 +6,6 @@
 
 namespace py = pybind11;
 
+void define_headers(py::module_& m);
 void define_masks(py::module_& m);
 void define_resize(py::module_& m);

@@ -58,7 +58,10 @@ class Samples:
             else:
                 self._payload(key, member, _CODES[kind])
         elif kind in (b"cls", b"json"):
-            self._class(key, kind == b"cls", window.get(member.data, min(member.size, MOST_TEXT)))
+            content = member.content
+            if content is None:
+                content = window.get(member.data, min(member.size, MOST_TEXT))
+            self._class(key, kind == b"cls", content)
 
     def _end_run(self) -> None:
         if self._spare is not None:

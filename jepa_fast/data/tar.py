@@ -1,15 +1,19 @@
-"""The headers of a tar file, read by hand and skipping the payloads: about fifty times the rate of `tarfile`.
+"""The headers of a tar file, read by hand and skipping the payloads.
 
 In: an open file. Out: its regular members (name, where the data begin, size), up to the end or to the first damage.
 Knows what GNU tar, Python and WebDataset write: ustar with prefix, GNU long names and base-256 sizes, pax headers,
-the headers of Unix V7, and how to get past a member that is stored with holes (tar --sparse).
+the headers of Unix V7, and how to get past a member that is stored with holes (tar --sparse). Runs of everyday headers
+are read in C++, where that was built.
 """
 
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from jepa_fast.data.extension import extension
+
 BLOCK = 512
+AT_ONCE = 4096  # members that C++ reads before it hands them over
 SMALL, LARGE = 4096, 1 << 20  # bytes of one read: among large payloads, and among small ones
 ZEROS = bytes(BLOCK)
 REGULAR = b"\x0007"
@@ -32,6 +36,7 @@ class Member(NamedTuple):
     begin: int  # byte of its first header
     data: int  # byte of its first data
     size: int  # 0: also of one that is stored with holes
+    content: bytes | None = None  # all of a small one, where it was read along with the header
 
 
 class Window:
@@ -63,7 +68,14 @@ def members(window: Window) -> Iterator[Member]:
     packed = next((name for magic, name in COMPRESSED.items() if window.get(0, 8).startswith(magic)), "")
     if packed:
         raise TarDamage(f"is compressed ({packed}) and has to be unpacked")
+    fast = extension()
     while True:
+        while fast and at == begin:
+            found, at = fast.plain_members(window.descriptor, at, size, AT_ONCE)
+            yield from map(Member._make, found)
+            begin = at
+            if len(found) < AT_ONCE:
+                break
         header = window.get(at, BLOCK)
         if len(header) < BLOCK:
             if at == size:  # no end-of-archive mark: some writers leave it out
