@@ -157,6 +157,40 @@ def test_a_folder_of_series_takes_its_classes_from_folders(tmp_path):
     assert data.shape == (2, 5) and data.num_classes == 2 and len(data.train) == 13
     assert data.train.key(0).endswith(".csv")
     np.testing.assert_array_equal(data.train.load(0, None)[1], -np.arange(5.0))
-    (tmp_path / "ok" / "3.csv").write_text("1,2\n3,4\n")
-    with pytest.raises(UsageError, match=r"3.csv holds 2 channels of 2 values and .*0.csv 2 channels of 5 values"):
-        opened()
+
+
+def test_a_folder_of_series_counts_the_files_that_cannot_be_used(tmp_path):
+    from jepa_fast.config import replace
+    from jepa_fast.data.dataset import open_dataset
+    from jepa_fast.data.shards import BadSample
+    from jepa_fast.presets import preset
+
+    for i in range(12):
+        np.save(tmp_path / f"{i:02}.npy", np.arange(5.0) + i)
+    (tmp_path / "03.npy").write_bytes(b"")
+    (tmp_path / "04.npy").write_bytes((tmp_path / "05.npy").read_bytes()[:-8])
+    (tmp_path / "06.csv").write_text("x\n1\nn/a\n")
+    (tmp_path / "07.csv").write_text("")
+    np.save(tmp_path / "08.npy", np.arange(6.0))
+    np.save(tmp_path / "09.npy", np.array([{}]), allow_pickle=True)
+    np.save(tmp_path / "10.npy", np.full(5, np.nan))
+    (tmp_path / "11.npy").unlink()
+    (tmp_path / "11.npy").symlink_to(tmp_path / "gone")
+    config = replace(preset("series"), {"data.path": str(tmp_path), "data.series_norm": "train"})
+    train, said, good = open_dataset(config).train, {}, []
+    for i in range(len(train)):
+        try:
+            good.append(train.load(i, None))
+        except BadSample as error:
+            said[train.key(i)] = f"{error.kind}: {error}"
+    assert {key: value.partition(":")[0] for key, value in said.items()} == {
+        "03.npy": "undecodable", "04.npy": "undecodable", "06.csv": "undecodable", "07.csv": "undecodable",
+        "08.npy": "other_shape", "09.npy": "undecodable", "10.npy": "not_finite", "11.npy": "unreadable",
+    }  # fmt: skip
+    assert said["08.npy"].endswith("holds 1 channels of 6 values, where most hold 1 channels of 5 values")
+    np.testing.assert_allclose(np.mean(good), 0, atol=1e-6)  # what is good is normalised by what is good
+    for file in tmp_path.iterdir():
+        file.unlink()
+        file.write_text("no series")
+    with pytest.raises(UsageError, match=r"not one of the 14 series of .* can be read; .*00.npy cannot be read"):
+        open_dataset(config)

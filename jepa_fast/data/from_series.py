@@ -9,6 +9,7 @@ from jepa_fast.config import Data
 from jepa_fast.data import series, series_folder
 from jepa_fast.data.parts import Parts, digest
 from jepa_fast.data.series import SeriesFile
+from jepa_fast.data.shards import BadSample
 from jepa_fast.data.sources import SeriesSource, Source
 from jepa_fast.errors import UsageError
 
@@ -32,7 +33,8 @@ def open_series(path: str, data: Data) -> Parts:
         labels = None
         if classes is not None and part.labels is not None:
             labels = np.where(part.labels == "", -1, np.searchsorted(classes, part.labels)).astype(np.int64)
-        sources.append(SeriesSource(samples.__getitem__, partial(_key, name, part.keys), len(samples), labels))
+        read, key = partial(_one, samples, part.unread), partial(_key, name, part.keys)
+        sources.append(SeriesSource(read, key, len(samples), labels))
         told = digest(np.ascontiguousarray(part.samples).tobytes(), b"" if labels is None else labels.tobytes())
         contents[name] = f"{len(samples)} series {told}"
     return Parts(sources[0], sources[1] if len(sources) > 1 else None, contents)
@@ -44,6 +46,12 @@ def _read(path: str) -> dict[str, SeriesFile]:
         return series_folder.load(Path(path))
     train, test = series.find(path)
     return {file.name: series.load(file) for file in (train, test) if file is not None}
+
+
+def _one(samples: np.ndarray, unread: dict[int, BadSample], index: int) -> np.ndarray:
+    if index in unread:
+        raise BadSample(str(unread[index]), unread[index].kind)
+    return samples[index]
 
 
 def _key(name: str, keys: list[str] | None, index: int) -> str:

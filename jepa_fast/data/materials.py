@@ -128,6 +128,8 @@ def _of_series(source: str) -> Material:
 
     def sample_of(part: SeriesFile) -> Sample:
         def sample(i: int) -> dict:
+            if i in part.unread:
+                raise BadSample(f"{part.keys[i] if part.keys else i} {part.unread[i]}", part.unread[i].kind)
             made = {"__key__": f"{i:06}", "npy": np.ascontiguousarray(part.samples[i], dtype=np.float32)}
             label = "" if part.labels is None or not classes else str(part.labels[i])
             return {**made, "cls": classes.index(label)} if label else made

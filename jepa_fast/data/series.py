@@ -3,13 +3,14 @@
 import math
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from jepa_fast.data.shards import BadSample
 from jepa_fast.errors import UsageError
 
 SUFFIXES = (".tsv", ".ts", ".pt", ".npy", ".csv")
@@ -25,6 +26,7 @@ class SeriesFile:
     samples: np.ndarray  # float32 [n, C, L]
     labels: np.ndarray | None  # str [n], as the file writes them; '' of a series without one
     keys: list[str] | None = None  # where each lies, if not all in one file
+    unread: dict[int, BadSample] = field(default_factory=dict)  # why a series could not be read; it stands there as NaN
 
 
 def find(path: str) -> tuple[Path, Path | None]:

@@ -1,13 +1,16 @@
 """A folder with one series a file: .npy ([L] or [C, L]) or .csv (a line a moment, a column a channel).
 
-Class folders give the labels; train/ and test/ (or val/) the split.
+Class folders give the labels; train/ and test/ (or val/) the split. A file that cannot be read, or holds another shape
+than most, is a bad sample among good ones.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from jepa_fast.data.series import SeriesFile
+from jepa_fast.data.shards import BadSample
 from jepa_fast.errors import UsageError
 
 SUFFIXES = (".npy", ".csv")
@@ -43,47 +46,53 @@ def _part(root: Path) -> SeriesFile:
     files = _files(root)
     if not files:
         raise UsageError(f"{root} holds no series ({', '.join(SUFFIXES)}); put one into every file")
-    rows = [_one(file) for file in files]
-    for file, row in zip(files, rows, strict=True):
-        if row.shape != rows[0].shape:
-            raise UsageError(
-                f"{file} holds {_shape(row)} and {files[0]} {_shape(rows[0])}; make the series equally long, with the same channels"
-            )
+    held = [_one(file) for file in files]
+    shapes = Counter(one.shape for one in held if isinstance(one, np.ndarray))
+    if not shapes:
+        raise UsageError(f"not one of the {len(files)} series of {root} can be read; {files[0]} {held[0]}; mend them")
+    shape = shapes.most_common(1)[0][0]
+    rows, unread = np.full((len(files), *shape), np.nan, np.float32), {}
+    for i, one in enumerate(held):
+        if isinstance(one, BadSample):
+            unread[i] = one
+        elif one.shape != shape:
+            unread[i] = BadSample(f"holds {_shape(one.shape)}, where most hold {_shape(shape)}", "other_shape")
+        else:
+            rows[i] = one
     classes = [f.relative_to(root).parts[0] if len(f.relative_to(root).parts) > 1 else "" for f in files]
     labels = np.array(classes, dtype=str) if len(set(classes)) > 1 and "" not in classes else None
-    return SeriesFile(np.stack(rows), labels, [str(f.relative_to(root)) for f in files])
+    return SeriesFile(rows, labels, [str(f.relative_to(root)) for f in files], unread)
 
 
-def _one(file: Path) -> np.ndarray:
-    """float32 [C, L]."""
+def _one(file: Path) -> np.ndarray | BadSample:
+    """float32 [C, L], or why there is none."""
     try:
         if file.suffix == ".npy":
             values = np.load(file, allow_pickle=False).astype(np.float32)
         else:
             values = _csv(file).T
-    except UsageError:
-        raise
     except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}; mend it, or take it out") from None
+        return BadSample(f"cannot be read ({error.strerror})", "unreadable")
     except Exception as error:  # damaged arrays raise nearly anything
-        said = str(error).partition(". ")[0].replace("\n", " ") or type(error).__name__
-        raise UsageError(f"{file} cannot be read: {said}; mend it, or take it out") from None
+        said = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
+        return BadSample(f"cannot be read ({said})", "undecodable")
     values = values[None] if values.ndim == 1 else values
     if values.ndim != 2 or not values.size:
-        raise UsageError(f"{file} holds an array of shape {values.shape}; one series a file is [L] or [C, L]")
+        return BadSample(f"holds an array of shape {values.shape}; one series a file is [L] or [C, L]", "other_shape")
     return values
 
 
 def _csv(file: Path) -> np.ndarray:
     """[L, C]; a first line that is no numbers is a header."""
     lines = [line for line in file.read_text().splitlines() if line.strip()]
-    for skip in (0, 1):
+    trouble = ValueError("no numbers in it")
+    for rows in filter(None, (lines, lines[1:])):
         try:
-            return np.loadtxt(lines[skip:], delimiter=",", dtype=np.float32, ndmin=2)
+            return np.loadtxt(rows, delimiter=",", dtype=np.float32, ndmin=2)
         except ValueError as error:
             trouble = error
-    raise UsageError(f"{file} cannot be read: {str(trouble).splitlines()[0]}")
+    raise trouble
 
 
-def _shape(values: np.ndarray) -> str:
-    return f"{values.shape[0]} channels of {values.shape[1]} values"
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} channels of {shape[1]} values"
