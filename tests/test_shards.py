@@ -1,5 +1,6 @@
 """Tar shards: what is written comes back, at random, and what is wrong is said."""
 
+import errno
 import io
 import json
 import os
@@ -314,3 +315,39 @@ def test_a_shard_that_disappears_is_a_bad_sample(folder):
     with pytest.raises(BadSample, match="no longer there") as raised:
         held.read(12)
     assert raised.value.kind == "shard_missing" and held.read(3)
+
+
+def test_a_shard_that_may_not_be_read_stops_the_start_and_is_a_bad_sample_later(folder, monkeypatch):
+    """As another user sees files of mode 600, and a disk that fails; whoever tests as root may read everything."""
+    files, system_open = find(str(folder))["train"].files, os.open
+    held = Shards(files)
+
+    def refuse(path, *args, **kwargs):
+        if str(path) == str(files[1]):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return system_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(BadSample, match=r"the shard cannot be read \(Permission denied\)") as raised:
+        held.read(12)
+    assert raised.value.kind == "shard_unreadable" and held.read(3)
+    files[1].with_name(f".{files[1].name}.idx").unlink()
+    with pytest.raises(
+        UsageError, match=rf"shard {files[1]}: Permission denied; give the right --data.path, or make it"
+    ):
+        Shards(files)
+
+
+def test_a_disk_that_fails_costs_what_lies_there_and_no_more(folder, monkeypatch):
+    held, system_pread = Shards(find(str(folder))["train"].files), os.pread
+    broken = int(held.indexes[0].rows["offset"][4])
+
+    def fail(descriptor, length, offset):
+        if offset == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return system_pread(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(BadSample, match=r"the shard cannot be read \(Input/output error\)"):
+        held.read(4)
+    assert held.read(3) and held.read(5)
