@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import os
 import threading
 
 import numpy as np
@@ -154,8 +155,27 @@ def test_shards_of_two_hosts_are_not_taken_for_one_another(folder, tmp_path):
     assert a != b and a.read_bytes() != b.read_bytes()
 
 
-def test_s3_goes_through_amazons_program():
-    assert streams._transport("s3://bucket/a b.tar") == "pipe:aws s3 cp 's3://bucket/a b.tar' -"
+@pytest.mark.parametrize("scheme, program, called", [("s3", "aws", "s3 cp {} -"), ("gs", "gsutil", "cat {}")])
+def test_buckets_are_read_through_their_own_programs(folder, tmp_path, monkeypatch, scheme, program, called):
+    """Stand-ins of the two programs, that hand out what lies in a folder and take no other call."""
+    script = tmp_path / "programs" / program
+    script.parent.mkdir()
+    script.write_text(
+        f'''#!/bin/sh
+for word; do case "$word" in {scheme}://*) url=$word;; esac; done
+[ "$*" = "{called.format("$url")}" ] || exit 64
+exec cat "{tmp_path}/${{url#{scheme}://a bucket/}}"
+'''
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    cfg = config(f"{scheme}://a bucket/set/s-train-{{0000..0004}}.tar")
+    data = open_dataset(cfg)
+    assert sorted(values(data.train, cfg, 5)) == list(range(COUNT))
+    with pytest.raises(
+        UsageError, match=rf"cannot fetch shard {scheme}://a bucket/set/gone.tar \(the command ended with 1"
+    ):
+        streams.bring(f"{scheme}://a bucket/set/gone.tar")
 
 
 def test_what_a_stream_cannot_do_is_refused(folder):

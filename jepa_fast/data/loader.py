@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -188,6 +188,7 @@ class Loader:
             packing.plan(masks.rows(i, min(i + self.micro, len(masks.context_lengths))), config.num_tokens, self.ladder)
             for i in range(0, len(masks.context_lengths), self.micro)
         ]
+        wait(batch.parts)  # woken once: each time costs the thread that decodes a turn at Python's lock
         busy = [part.result() for part in batch.parts]
         inputs, ready = batch.inputs, batch.ready
         if self._decoder is not None:

@@ -52,7 +52,7 @@ class Memory:
         self._free: deque[np.ndarray] = deque()
 
     def take(self) -> Tensor:
-        memory = self._free.popleft() if self._free else self._make()
+        memory = self._free.pop() if self._free else self._make()
         seen = memory.view()  # torch holds it as long as a tensor, or a part of one, has its storage
         weakref.finalize(seen, self._free.append, memory).atexit = False
         return torch.from_numpy(seen)
