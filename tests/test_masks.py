@@ -112,6 +112,16 @@ def test_both_backends_give_the_same_bits(
 
 
 @needs_cpp
+@given(
+    seed=st.integers(-(2**70), 2**70), domain=st.integers(0, 9), pairs=st.lists(st.tuples(*[st.integers(-(2**63), 2**63 - 1)] * 2), min_size=1, max_size=5)
+)  # fmt: skip
+def test_both_backends_give_the_same_keys(seed, domain, pairs):
+    first, second = np.array(pairs, np.int64).T
+    for a, b in ((first, second), (first[0], second), (first, second[0]), (int(first[0]), int(second[0]))):
+        np.testing.assert_array_equal(extension().stream_keys(seed, domain, a, b), stream_keys(seed, domain, a, b))
+
+
+@needs_cpp
 def test_threads_do_not_disturb_one_another():
     config = _config("packed")
     with ThreadPoolExecutor(4) as pool:

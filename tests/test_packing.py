@@ -1,11 +1,18 @@
 """MaskPlan's rows, and the ladder of buckets that token totals are rounded up to."""
 
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jepa_fast.config import replace
+from jepa_fast.config import replace as change
+from jepa_fast.data import packing
+from jepa_fast.data.extension import extension
 from jepa_fast.data.masks import MaskBatch, sample_masks
-from jepa_fast.data.packing import Ladder, ladder, plan
+from jepa_fast.data.packing import Ladder, MaskPlan, ladder, plan
 from jepa_fast.presets import preset
 
 ANY = Ladder((10, 20), (40,), 9, 12, 5)
@@ -23,6 +30,30 @@ def test_a_plan_names_rows_of_images_and_of_sequences():
     assert (chosen.context_max, chosen.predictor_max, chosen.target_max, chosen.num_inputs) == (2, 3, 1, 2)
     assert chosen.context_bucket == chosen.predictor_bucket == 0
     assert float(chosen.target_weight.sum()) == pytest.approx(1)
+
+
+@pytest.mark.skipif(extension() is None, reason="jepa_fast_C is not built")
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=7),
+    blocks=st.integers(1, 5), seed=st.integers(0, 2**32 - 1), laddered=st.booleans(),
+)  # fmt: skip
+def test_cpp_and_numpy_make_the_same_plan(lengths, blocks, seed, laddered):
+    rng, (context, target) = np.random.default_rng(seed), np.array(lengths, np.int64).T
+    masks = MaskBatch(rng.integers(0, 20, context.sum()), context, rng.integers(0, 20, blocks * target.sum()), target, blocks)  # fmt: skip
+    by_cpp = plan(masks, 20, ANY if laddered else None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "extension", lambda: None)
+        by_numpy = plan(masks, 20, ANY if laddered else None)
+    for field in fields(MaskPlan):
+        a, b = getattr(by_cpp, field.name), getattr(by_numpy, field.name)
+        assert (a.dtype == b.dtype and torch.equal(a, b)) if isinstance(a, torch.Tensor) else a == b, field.name
+
+
+@pytest.mark.parametrize("field", ["context", "context_lengths", "targets", "target_lengths"])
+def test_lengths_that_are_not_those_of_the_tokens_are_refused(field):
+    masks = MaskBatch(np.array([0, 3, 1]), np.array([2, 1]), np.array([1, 2]), np.array([1, 1]), 1)
+    with pytest.raises(ValueError, match=r"add up|operands|broadcast"):
+        plan(replace(masks, **{field: np.append(getattr(masks, field), 1)}), 4)
 
 
 def test_a_ladder_rounds_totals_up_and_fixes_lengths():
@@ -45,7 +76,7 @@ CASES = [
 
 @pytest.mark.parametrize("name, mode, share, batch", CASES)
 def test_on_batches_it_never_saw_padding_is_three_per_cent_at_most_and_nothing_is_too_long(name, mode, share, batch):
-    config = replace(preset(name), {"masks.mode": mode, "train.batch_size": batch})
+    config = change(preset(name), {"masks.mode": mode, "train.batch_size": batch})
     rungs = ladder(config, share)
     assert len(rungs.context) <= 18 and len(rungs.predictor) <= 18
     padded, real = np.zeros(2), np.zeros(2)
@@ -67,5 +98,5 @@ def test_where_totals_cannot_vary_there_is_one_rung_and_no_padding():
 
 
 def test_the_ladder_is_the_same_on_every_process():
-    config = replace(preset("textures"), {"train.batch_size": 64})
+    config = change(preset("textures"), {"train.batch_size": 64})
     assert ladder(config, 32) == ladder(config, 32)

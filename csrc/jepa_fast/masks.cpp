@@ -19,17 +19,21 @@ using Numbers = std::vector<int64_t>;
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
-// splitmix64 (Steele, Lea, Flood 2014) from a key.
+constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
+
+// splitmix64's finaliser (Steele, Lea, Flood 2014).
+uint64_t mix(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+// splitmix64 from a key.
 class Stream {
  public:
     explicit Stream(uint64_t key) : state_(key) {}
 
-    uint64_t next() {
-        uint64_t z = state_ += 0x9E3779B97F4A7C15u;
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-        return z ^ (z >> 31);
-    }
+    uint64_t next() { return mix(state_ += kGolden); }
 
     // In [0, n), by multiply-shift of the upper 32 bits; uneven by at most n / 2^32.
     int64_t below(int64_t n) { return static_cast<int64_t>(((next() >> 32) * static_cast<uint64_t>(n)) >> 32); }
@@ -161,6 +165,23 @@ py::object each_key(const Array<uint64_t>& keys, Draw draw) {
                           array(out.target_lengths));
 }
 
+py::array_t<uint64_t> stream_keys(const py::int_& seed, uint64_t domain, const Array<int64_t>& first,
+                                  const Array<int64_t>& second) {
+    const py::ssize_t rows = std::max(first.size(), second.size());
+    const auto of = [rows](const Array<int64_t>& numbers, py::ssize_t row) {
+        if (numbers.size() != rows && numbers.size() != 1)
+            throw std::invalid_argument("give as many first numbers as second");
+        return static_cast<uint64_t>(numbers.data()[numbers.size() == 1 ? 0 : row]);
+    };
+    py::array_t<uint64_t> keys(rows);
+    for (py::ssize_t row = 0; row < rows; ++row) {
+        uint64_t key = PyLong_AsUnsignedLongLongMask(seed.ptr());
+        for (const uint64_t number : {domain, of(first, row), of(second, row)}) key = mix(key + kGolden) ^ number;
+        keys.mutable_data()[row] = mix(key);
+    }
+    return keys;
+}
+
 py::object draw_blocks(const Array<uint64_t>& keys, const Array<int64_t>& sizes, std::array<int64_t, 2> grid,
                        std::array<int64_t, 2> within, int64_t num_targets, int64_t need, int64_t keep, int64_t tries) {
     if (sizes.ndim() != 2 || sizes.shape(0) != keys.size() || sizes.shape(1) != 4)
@@ -207,6 +228,7 @@ py::object draw_bernoulli(const Array<uint64_t>& keys, int64_t num_tokens, uint6
 }  // namespace
 
 void define_masks(py::module_& m) {
+    m.def("stream_keys", &stream_keys, py::arg("seed"), py::arg("domain"), py::arg("first"), py::arg("second"));
     m.def("draw_blocks", &draw_blocks, py::arg("keys"), py::arg("sizes"), py::arg("grid"), py::arg("within"),
           py::arg("num_targets"), py::arg("need"), py::arg("keep"), py::arg("tries"));
     m.def("draw_exact", &draw_exact, py::arg("keys"), py::arg("num_tokens"), py::arg("hidden"));

@@ -3,9 +3,10 @@
 #include "module.h"
 
 PYBIND11_MODULE(jepa_fast_C, m) {
-    m.doc() = "Headers of shards, image resize, mask sampler; use them through jepa_fast.data.";
+    m.doc() = "Headers of shards, image resize, mask sampler, packing; use them through jepa_fast.data.";
     m.attr("ABI") = 3;
     define_headers(m);
     define_masks(m);
+    define_packing(m);
     define_resize(m);
 }

@@ -8,4 +8,5 @@ namespace py = pybind11;
 
 void define_headers(py::module_& m);
 void define_masks(py::module_& m);
+void define_packing(py::module_& m);
 void define_resize(py::module_& m);

@@ -1,4 +1,4 @@
-"""jepa_fast_C, the C++ part of the data pipeline, where it was built: tar headers, resize, mask sampler."""
+"""jepa_fast_C, the C++ part of the data pipeline, where it was built: tar headers, resize, mask sampler, packing."""
 
 import importlib
 import warnings

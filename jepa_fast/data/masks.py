@@ -23,7 +23,7 @@ import numpy as np
 from jepa_fast.config import Masks
 from jepa_fast.data import masks_reference as reference
 from jepa_fast.data.extension import extension
-from jepa_fast.data.masks_reference import BLOCKLESS, ROWS, SIZES, Drawn, check_setting, refuse, stream_keys
+from jepa_fast.data.masks_reference import BLOCKLESS, ROWS, SIZES, Drawn, check_setting, refuse
 
 TRIES = 1000  # draws of one row's locations before the setting is refused
 CHECK_TRIES = 50  # a setting that passes with these few will not use up the many
@@ -66,9 +66,10 @@ def sample_masks(
     first, last = start, stop
     if config.mode in CUT:  # the cut needs every row of a group
         first, last = start // config.group * config.group, min(-(-stop // config.group) * config.group, len(samples))
-    keys = stream_keys(seed, ROWS, epochs[first:last], samples[first:last])
+    sampler = _sampler(backend)
+    keys = sampler.stream_keys(seed, ROWS, epochs[first:last], samples[first:last])
     groups = np.arange(first, last) // config.group
-    drawn = _draw(config, grid, keys, _group_sizes(config, grid, seed, step, groups), _sampler(backend), TRIES)
+    drawn = _draw(config, grid, keys, _group_sizes(config, grid, seed, step, groups, sampler), sampler, TRIES)
     if drawn is None:
         _refuse_context(config)
     context, lengths, targets, target_lengths = drawn
@@ -78,12 +79,14 @@ def sample_masks(
     return MaskBatch(context, lengths, targets, target_lengths, num_targets).rows(start - first, stop - first)
 
 
-def _group_sizes(config: Masks, grid: tuple[int, ...], seed: int, step: int, groups: np.ndarray) -> np.ndarray:
+def _group_sizes(
+    config: Masks, grid: tuple[int, ...], seed: int, step: int, groups: np.ndarray, sampler: ModuleType
+) -> np.ndarray:
     """int64 [R, 4], the block sizes of each row: see `block_sizes`."""
     if config.mode in BLOCKLESS:
         return np.zeros((len(groups), 4), np.int64)
     names = np.arange(groups[0], groups[-1] + 1)
-    sizes = [reference.draw_sizes(config, grid, key, TRIES) for key in stream_keys(seed, SIZES, step, names)]
+    sizes = [reference.draw_sizes(config, grid, key, TRIES) for key in sampler.stream_keys(seed, SIZES, step, names)]
     if None in sizes:
         refuse(config, "min_keep", "no target block has as many tokens; give fewer")
     return np.array(sizes, np.int64)[groups - groups[0]]
@@ -121,7 +124,7 @@ def _rows(values: np.ndarray, lengths: np.ndarray, rows: slice) -> np.ndarray:
 
 
 def _sampler(backend: Backend) -> ModuleType:
-    """The module whose draw_* functions serve `backend`. Raises ValueError if it is not there."""
+    """The module whose stream_keys and draw_* serve `backend`. Raises ValueError if it is not there."""
     if backend not in typing.get_args(Backend):
         raise ValueError(f"backend {backend!r} is none of {', '.join(typing.get_args(Backend))}")
     if backend == "python":
@@ -147,8 +150,9 @@ def check_masks(config: Masks, grid: tuple[int, ...]) -> None:
         sizes = [
             [*target, *reference.smallest_context(config, grid)] for target in reference.target_sizes(config, grid)
         ]
-    keys = stream_keys(0, ROWS, 0, np.arange(8 * len(sizes)))
-    if _draw(config, grid, keys, np.repeat(np.array(sizes), 8, axis=0), _sampler("auto"), CHECK_TRIES) is None:
+    sampler = _sampler("auto")
+    keys = sampler.stream_keys(0, ROWS, 0, np.arange(8 * len(sizes)))
+    if _draw(config, grid, keys, np.repeat(np.array(sizes), 8, axis=0), sampler, CHECK_TRIES) is None:
         _refuse_context(config)
 
 
@@ -161,9 +165,10 @@ def _refuse_context(config: Masks) -> NoReturn:
 
 def visible_before_cut(config: Masks, grid: tuple[int, ...], seed: int, step: int, batch: int) -> int:
     """Context tokens of the whole batch before any cut or subsample."""
-    keys = stream_keys(seed, ROWS, 0, np.arange(step * batch, (step + 1) * batch))
-    sizes = _group_sizes(config, grid, seed, step, np.arange(batch) // config.group)
-    drawn = _draw(config, grid, keys, sizes, _sampler("auto"), TRIES, cut=False)
+    sampler = _sampler("auto")
+    keys = sampler.stream_keys(seed, ROWS, 0, np.arange(step * batch, (step + 1) * batch))
+    sizes = _group_sizes(config, grid, seed, step, np.arange(batch) // config.group, sampler)
+    drawn = _draw(config, grid, keys, sizes, sampler, TRIES, cut=False)
     return len(drawn[0]) if drawn else 0
 
 

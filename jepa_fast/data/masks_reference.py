@@ -1,8 +1,8 @@
 """The mask sampler in plain Python: the random streams, the block sizes, and what each row draws.
 
 In: one 64-bit stream key per row, block sizes. Out: ragged token numbers (`Drawn`), before any cut to a common length.
-csrc/jepa_fast/masks.cpp does the same as the three `draw_*` functions, faster, and must give the same bits. So they
-take whole numbers only: everything with a fraction (scales, aspects, probabilities) is settled in Python before. What
+csrc/jepa_fast/masks.cpp does the same as `stream_keys` and the three `draw_*` functions, faster, and must give the same
+bits. So those take whole numbers only: everything with a fraction (scales, aspects, probabilities) is settled in Python before. What
 the sizes rule out is refused here too.
 """
 

@@ -12,6 +12,7 @@ S sequences (one per image in the encoder, one per image and target block in the
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,29 @@ def plan(masks: MaskBatch, num_tokens: int, ladder: Ladder | None = None) -> Mas
     Raises ValueError where an image has no context or no target, or a token number is not one of an image's.
     """
     _check(masks, num_tokens)
+    module = extension()
+    made = _indices_in_cpp(module, masks, num_tokens) if module else indices_by_numpy(masks, num_tokens)
+    bounds = ladder or Ladder((0,), (0,), 0, 0, 0)
+    return MaskPlan(
+        context_index=torch.from_numpy(masks.context),
+        context_max=max(bounds.context_max, int(masks.context_lengths.max())),
+        context_bucket=Ladder.rung(ladder.context, len(masks.context)) if ladder else 0,
+        target_index=torch.from_numpy(masks.targets),
+        predictor_max=max(bounds.predictor_max, int((masks.context_lengths + masks.target_lengths).max())),
+        predictor_bucket=Ladder.rung(ladder.predictor, len(made["predictor_order"])) if ladder else 0,
+        target_max=max(bounds.target_max, int(masks.target_lengths.max())),
+        **{name: torch.from_numpy(values) for name, values in made.items()},
+    )
+
+
+def _indices_in_cpp(module: ModuleType, masks: MaskBatch, num_tokens: int) -> dict[str, np.ndarray]:
+    return module.indices(
+        masks.context, masks.context_lengths, masks.targets, masks.target_lengths, masks.num_targets, num_tokens
+    )
+
+
+def indices_by_numpy(masks: MaskBatch, num_tokens: int) -> dict[str, np.ndarray]:
+    """What of a MaskPlan follows from the masks alone; csrc/jepa_fast/packing.cpp gives the same."""
     num_images, blocks = len(masks.context_lengths), masks.num_targets
     image_of_context = np.repeat(np.arange(num_images), masks.context_lengths)
     target_totals = blocks * masks.target_lengths  # target tokens of each image
@@ -95,28 +119,17 @@ def plan(masks: MaskBatch, num_tokens: int, ladder: Ladder | None = None) -> Mas
     target_starts = len(masks.context) + _starts(target_part)[:-1]
     begins = np.stack([context_starts, target_starts], 1).ravel()
     lengths = np.stack([context_part, target_part], 1).ravel()
-    predictor_order = _ranges(begins, lengths)
     is_target = np.repeat(np.tile([False, True], len(sequence_image)), lengths)
-    predictor_lengths = context_part + target_part
-
-    bounds = ladder or Ladder((0,), (0,), 0, 0, 0)
-    return MaskPlan(
-        context_index=torch.from_numpy(masks.context),
-        context_rows=torch.from_numpy(image_of_context * num_tokens + masks.context),
-        context_cu=_cu(masks.context_lengths),
-        context_max=max(bounds.context_max, int(masks.context_lengths.max())),
-        context_bucket=Ladder.rung(ladder.context, len(masks.context)) if ladder else 0,
-        target_index=torch.from_numpy(masks.targets),
-        target_rows=torch.from_numpy(image_of_target * num_tokens + masks.targets),
-        target_weight=torch.from_numpy((1.0 / (num_images * target_totals[image_of_target])).astype(np.float32)),
-        predictor_order=torch.from_numpy(predictor_order),
-        predictor_targets=torch.from_numpy(np.flatnonzero(is_target)),
-        predictor_cu=_cu(predictor_lengths),
-        predictor_max=max(bounds.predictor_max, int(predictor_lengths.max())),
-        predictor_bucket=Ladder.rung(ladder.predictor, len(predictor_order)) if ladder else 0,
-        target_cu=_cu(target_part),
-        target_max=max(bounds.target_max, int(target_part.max())),
-    )
+    return {
+        "context_rows": image_of_context * num_tokens + masks.context,
+        "context_cu": _cu(masks.context_lengths),
+        "target_rows": image_of_target * num_tokens + masks.targets,
+        "target_weight": (1.0 / (num_images * target_totals[image_of_target])).astype(np.float32),
+        "predictor_order": _ranges(begins, lengths),
+        "predictor_targets": np.flatnonzero(is_target),
+        "predictor_cu": _cu(context_part + target_part),
+        "target_cu": _cu(target_part),
+    }
 
 
 def _check(masks: MaskBatch, num_tokens: int) -> None:
@@ -206,8 +219,8 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def _cu(lengths: np.ndarray) -> Tensor:
-    return torch.from_numpy(_starts(lengths).astype(np.int32))
+def _cu(lengths: np.ndarray) -> np.ndarray:
+    return _starts(lengths).astype(np.int32)
 
 
 def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
