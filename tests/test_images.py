@@ -139,8 +139,8 @@ def test_a_long_thin_image_is_none():
     assert decode(encoded(gradient(2, 50_000), "JPEG"), 3)[0].shape == (2, 50_000, 3)
 
 
-# Rows first, columns first, enlarged, one pass only, narrower than a step, a crop of one pixel.
-SHAPES = [(300, 340), (900, 400), (100, 120), (224, 600), (600, 224), (31, 500), (500, 31), (1, 1), (7, 5), (1200, 900)]
+# Rows first, columns first, enlarged, one pass only, narrower than a step, a crop of one pixel, hundreds of taps.
+SHAPES = [(300, 340), (900, 400), (100, 120), (224, 600), (600, 224), (31, 500), (500, 31), (1, 1), (7, 5), (1200, 900), (40, 9000)]  # fmt: skip
 
 
 def pillows(pixels, size, how):

@@ -13,6 +13,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "module.h"
 
 namespace {
@@ -29,35 +33,50 @@ double cubic(double x) {  // Keys 1981, a = -1/2
     return x < 2 ? -0.5 * (((x - 5) * x + 8) * x - 4) : 0;
 }
 
+// Two weights, each of 2^16 times a high part and a low one: as AVX2 multiplies with them.
+struct Pair {
+    int8_t high[4] = {};  // both, twice
+    int16_t low[2] = {};
+    void set(int which, int32_t weight) {
+        low[which] = static_cast<int16_t>(weight);
+        high[which] = high[which + 2] = static_cast<int8_t>((weight - low[which]) >> 16);
+    }
+    int32_t get(int which) const { return high[which] * (1 << 16) + low[which]; }
+};
+
 // Of each pixel of the output: the first pixel it is made of, how many, and their weights.
 struct Taps {
     std::vector<int64_t> first;
     std::vector<int> count;
-    std::vector<int32_t> weights;
-    int most;
+    std::vector<Pair> weights;
+    int64_t most;  // pairs of weights to a pixel
 
     Taps(int64_t from, int64_t to, bool is_cubic) : first(to), count(to) {
         const double scale = static_cast<double>(from) / static_cast<double>(to), stretch = std::max(scale, 1.0);
         const double support = (is_cubic ? 2.0 : 1.0) * stretch;
-        most = 2 * static_cast<int>(std::ceil(support)) + 1;
+        most = static_cast<int64_t>(std::ceil(support)) + 1;
         weights.resize(to * most);
-        std::vector<double> exact(most);
+        std::vector<double> exact(2 * most);
         for (int64_t i = 0; i < to; ++i) {
             const double center = (static_cast<double>(i) + 0.5) * scale;
             first[i] = std::max<int64_t>(0, static_cast<int64_t>(center - support + 0.5));
             count[i] = static_cast<int>(std::min(from, static_cast<int64_t>(center + support + 0.5)) - first[i]);
             double sum = 0;
             for (int k = 0; k < count[i]; ++k) {
-                const double x = (static_cast<double>(first[i] + k) - center + 0.5) / stretch;
+                // as Pillow rounds: not divided by the stretch
+                const double x = (static_cast<double>(first[i] + k) - center + 0.5) * (1 / stretch);
                 sum += exact[k] = is_cubic ? cubic(x) : linear(x);
             }
-            for (int k = 0; k < count[i]; ++k)
-                weights[i * most + k] = static_cast<int32_t>(std::round(exact[k] / sum * (1 << kBits)));
+            for (int k = 0; k < count[i]; ++k) {
+                const double weight = exact[k] / sum * (1 << kBits);
+                weights[i * most + k / 2].set(k % 2, static_cast<int32_t>(weight + (weight < 0 ? -0.5 : 0.5)));
+            }
         }
     }
 
     int64_t size() const { return static_cast<int64_t>(first.size()); }
-    const int32_t* weights_of(int64_t i) const { return weights.data() + i * most; }
+    const Pair* weights_of(int64_t i) const { return weights.data() + i * most; }
+    int32_t weight(int64_t i, int k) const { return weights_of(i)[k / 2].get(k % 2); }
 };
 
 struct Picture {
@@ -75,11 +94,9 @@ struct Passes {
 #define TARGET
 #include "resize_pass.h"
 #if defined(__x86_64__)
+#include "resize_avx2.h"
 #define NAMESPACE v2
 #define TARGET __attribute__((target("sse4.2")))
-#include "resize_pass.h"
-#define NAMESPACE v3
-#define TARGET __attribute__((target("avx2")))
 #include "resize_pass.h"
 #endif
 
@@ -105,7 +122,9 @@ bool begins_with_columns(const Picture& from, int64_t size) {
     return from.height - size > 2 * std::max<int64_t>(0, from.width - size);
 }
 
-void run(const Passes& passes, const Picture& from, int64_t channels, int64_t size, bool is_cubic, uint8_t* out) {
+void run(const Passes& wanted, const Picture& from, int64_t channels, int64_t size, bool is_cubic, uint8_t* out) {
+    const bool fills_a_step = std::min({from.height, from.width * channels, size}) >= kStep;  // AVX2's take no less
+    const Passes& passes = fills_a_step ? wanted : baseline::kPasses;
     const Taps x(from.width, size, is_cubic), y(from.height, size, is_cubic);
     const auto across = channels == 1 ? passes.across1 : passes.across3;
     const int64_t bytes = from.width * channels, columns = (bytes + 7) * kStep, turned = (channels * size + 7) * kStep;

@@ -85,10 +85,9 @@ TARGET void across(Picture from, const Taps& taps, uint8_t* columns, uint8_t* tu
         }
         for (int64_t x = 0; x < size; ++x) {
             Sum sums[C];
-            const int32_t* weight = taps.weights_of(x);
             const uint8_t* column = columns + taps.first[x] * C * kStep;
             for (int k = 0; k < taps.count[x]; ++k, column += C * kStep)
-                for (int c = 0; c < C; ++c) sums[c].add(load<Words>(column + c * kStep), weight[k]);
+                for (int c = 0; c < C; ++c) sums[c].add(load<Words>(column + c * kStep), taps.weight(x, k));
             for (int c = 0; c < C; ++c) store(sums[c].clipped(), turned + (c * size + x) * kStep);
         }
         for (int c = 0; c < C; ++c)
@@ -104,11 +103,11 @@ TARGET void across(Picture from, const Taps& taps, uint8_t* columns, uint8_t* tu
 // Every column to taps.size() pixels: out[row * bytes + byte]; a row of `bytes` bytes holds whatever it likes.
 TARGET void down(const uint8_t* from, int64_t stride, int64_t bytes, const Taps& taps, uint8_t* out) {
     for (int64_t y = 0; y < taps.size(); ++y, out += bytes) {
-        const int32_t* weight = taps.weights_of(y);
         for (int64_t at = 0; at < bytes; at += kStep) {
             const uint8_t* row = from + taps.first[y] * stride + at;
             Sum sum;
-            for (int k = 0; k < taps.count[y]; ++k, row += stride) sum.add(load<Words>(row, bytes - at), weight[k]);
+            for (int k = 0; k < taps.count[y]; ++k, row += stride)
+                sum.add(load<Words>(row, bytes - at), taps.weight(y, k));
             store(sum.clipped(), out + at, bytes - at);
         }
     }
