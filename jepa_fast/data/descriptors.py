@@ -10,11 +10,17 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from pathlib import Path
+from dataclasses import dataclass
 
 MOST = 1024  # of one process; less where the system allows fewer
 Stamp = tuple[int, int]  # size, mtime in ns
-File = tuple[Path, Stamp]  # another stamp, another file
+File = tuple[str, Stamp]  # path; another stamp, another file
+
+
+@dataclass(slots=True)
+class _Open:
+    descriptor: int
+    users: int = 0
 
 
 class Descriptors:
@@ -23,37 +29,35 @@ class Descriptors:
     def __init__(self, most: int = 0):
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.most = most or max(8, MOST if allowed == resource.RLIM_INFINITY else min(MOST, allowed // 2))
-        self._open: OrderedDict[File, int] = OrderedDict()  # least recently used first
-        self._users: dict[File, int] = {}
+        self._open: OrderedDict[File, _Open] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
 
-    def pread(self, path: Path, length: int, offset: int, stamp: Stamp) -> bytes | None:
-        """`length` bytes at `offset`, fewer where the file ends; None if the file is not that of `stamp`. One that was
+    def pread(self, file: File, length: int, offset: int) -> bytes | None:
+        """`length` bytes at `offset`, fewer where the file ends; None if what lies there has another stamp. A file that was
         deleted or replaced is read on while it is open. Raises OSError.
         """
-        file = (path, stamp)
-        descriptor = self._take(file)
+        held = self._take(file)
         try:
-            data = os.pread(descriptor, length, offset)
-            return data if _stamp(descriptor) == stamp else None  # looked at last: it holds for what was read
+            data = os.pread(held.descriptor, length, offset)
+            now = os.fstat(held.descriptor)  # looked at last: it holds for what was read
+            return data if (now.st_size, now.st_mtime_ns) == file[1] else None
         finally:
-            self._give_back(file)
+            self._give_back(held)
 
-    def will_need(self, path: Path, pieces: list[tuple[int, int]], stamp: Stamp) -> None:
+    def will_need(self, file: File, pieces: list[tuple[int, int]]) -> None:
         """Let the system read ahead the (offset, length) that will be asked for. Never fails: the read itself will tell."""
-        file = (path, stamp)
         try:
-            descriptor = self._take(file)
+            held = self._take(file)
         except OSError:
             return
         try:
             if hasattr(os, "posix_fadvise"):
                 for offset, length in pieces:
-                    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(held.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
         except OSError:
             pass
         finally:
-            self._give_back(file)
+            self._give_back(held)
 
     def __len__(self) -> int:
         return len(self._open)
@@ -63,36 +67,31 @@ class Descriptors:
         with self._lock:
             self._close_down_to(0)
 
-    def _take(self, file: File) -> int:
+    def _take(self, file: File) -> _Open:
         with self._lock:
-            if file in self._open:
-                self._open.move_to_end(file)
-            else:
+            held = self._open.get(file)
+            if held is None:
                 self._close_down_to(self.most - 1)
-                self._open[file] = os.open(file[0], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            self._users[file] = self._users.get(file, 0) + 1
-            return self._open[file]
+                held = self._open[file] = _Open(os.open(file[0], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
+            else:
+                self._open.move_to_end(file)
+            held.users += 1
+            return held
 
-    def _give_back(self, file: File) -> None:
+    def _give_back(self, held: _Open) -> None:
         with self._lock:
-            self._users[file] -= 1
+            held.users -= 1
             self._close_down_to(self.most)
 
     def _close_down_to(self, count: int) -> None:
         while len(self._open) > count:
-            idle = next((file for file in self._open if not self._users.get(file)), None)
+            idle = next((file for file, held in self._open.items() if not held.users), None)
             if idle is None:
                 return
-            os.close(self._open.pop(idle))
-            self._users.pop(idle, None)
+            os.close(self._open.pop(idle).descriptor)
 
 
 @functools.cache
 def shared() -> Descriptors:
     """Those of this process."""
     return Descriptors()
-
-
-def _stamp(descriptor: int) -> Stamp:
-    stat = os.fstat(descriptor)
-    return stat.st_size, stat.st_mtime_ns

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,16 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def offset(self) -> np.ndarray:
+        """int64 [n], byte of each payload."""
+        return self.rows["offset"]
+
+    @cached_property
+    def length(self) -> np.ndarray:
+        """int64 [n], bytes of each payload."""
+        return self.rows["length"]
 
     @property
     def unmarked(self) -> bool:

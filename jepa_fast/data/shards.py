@@ -40,6 +40,7 @@ class Shards:
         self.shard_names = names or short_names(files)
         self.indexes = _indexes(files)
         self.starts = np.cumsum([0, *map(len, self.indexes)]).tolist()  # of each shard, and the end
+        self._files = [(str(file), part.stamp) for file, part in zip(files, self.indexes, strict=True)]
         self._descriptors = descriptors.shared()
         self._changed: dict[int, Index] = {}  # shards that are not what they were when they were opened
         self.told = lengths or [part.expected for part in self.indexes]  # samples each should have; 0: nobody knows
@@ -95,13 +96,13 @@ class Shards:
     def length(self, sample: int) -> int:
         """Bytes of the payload."""
         shard, row = self.place(sample)
-        return int(self.indexes[shard].rows["length"][row])
+        return int(self.indexes[shard].length[row])
 
     def read(self, sample: int) -> bytes:
         """The payload. Raises BadSample if the file no longer has it."""
         shard, row = self.place(sample)
         part = self.indexes[shard]
-        return self._read(shard, row, int(part.rows["offset"][row]), int(part.rows["length"][row]))
+        return self._read(shard, row, int(part.offset[row]), int(part.length[row]))
 
     def read_members(self, sample: int) -> bytes:
         """All members of the sample as they stand in the tar, headers and padding too. Raises BadSample."""
@@ -118,17 +119,16 @@ class Shards:
         for shard in np.flatnonzero(np.diff(cuts)).tolist():
             rows = self.indexes[shard].rows[samples[cuts[shard] : cuts[shard + 1]] - self.starts[shard]]
             wanted = zip(rows["offset"].tolist(), rows["length"].tolist(), strict=True)
-            self._descriptors.will_need(self.files[shard], list(wanted), self._stamp(shard))
+            self._descriptors.will_need(self._files[shard], list(wanted))
 
     def _read(self, shard: int, row: int, offset: int, length: int) -> bytes:
         if not length:
             raise BadSample("is empty (0 bytes)", "empty")
-        file = self.files[shard]
         try:
-            data = self._descriptors.pread(file, length, offset, self._stamp(shard))
+            data = self._descriptors.pread(self._files[shard], length, offset)
             if data is None:
                 self._look_again(shard)
-                data = self._descriptors.pread(file, length, offset, self._stamp(shard))
+                data = self._descriptors.pread(self._files[shard], length, offset)
         except FileNotFoundError:
             raise BadSample("the shard is no longer there", "shard_missing") from None
         except OSError as error:
@@ -139,13 +139,11 @@ class Shards:
             raise BadSample(f"the shard ends {length - len(data)} bytes early", "shard_cut")
         return data
 
-    def _stamp(self, shard: int) -> tuple[int, int]:
-        return self._changed.get(shard, self.indexes[shard]).stamp
-
     def _look_again(self, shard: int) -> None:
         """Index a shard anew that has another size or time: it may only have been touched, or have lost its end."""
         with suppress(UsageError):  # gone, or no tar: the next read tells
-            self._changed[shard] = index(self.files[shard])
+            self._changed[shard] = now = index(self.files[shard])
+            self._files[shard] = (str(self.files[shard]), now.stamp)
 
     def parts(self) -> dict[str, str]:
         """{shard: what is in it}: number of samples and a hash of their keys, sizes and classes; not of the payloads."""
