@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -145,7 +146,7 @@ void run(const Passes& wanted, const Picture& from, int64_t channels, int64_t si
 
 using Image = py::array_t<uint8_t, 0>;
 
-Image resize(Image image, int64_t size, bool is_cubic, const std::string& instructions) {
+Image resize(Image image, int64_t size, bool is_cubic, const std::string& instructions, std::optional<Image> into) {
     if (image.ndim() != 3 || (image.shape(2) != 1 && image.shape(2) != 3) || image.size() == 0 || size < 1)
         throw std::invalid_argument("give uint8 [H, W, 1 or 3] with at least one pixel, and a size of at least 1");
     const int64_t channels = image.shape(2);
@@ -153,7 +154,10 @@ Image resize(Image image, int64_t size, bool is_cubic, const std::string& instru
         image = py::array_t<uint8_t, py::array::c_style>(image);
     const Passes& passes = passes_named(instructions);
     const Picture from = {image.data(), image.shape(0), image.shape(1), image.strides(0)};
-    Image out({channels, size, size});
+    Image out = into ? *into : Image({channels, size, size});
+    if (out.ndim() != 3 || out.shape(0) != channels || out.shape(1) != size || out.shape(2) != size ||
+        out.strides(2) != 1 || out.strides(1) != size || out.strides(0) != size * size)
+        throw std::invalid_argument("out must be contiguous uint8 [C, size, size]");
     uint8_t* to = out.mutable_data();
     {  // nothing of Python's in here, and nothing returned from here: a conversion would count references unlocked
         const py::gil_scoped_release release;
@@ -165,7 +169,8 @@ Image resize(Image image, int64_t size, bool is_cubic, const std::string& instru
 }  // namespace
 
 void define_resize(py::module_& m) {
-    m.def("resize", &resize, py::arg("image"), py::arg("size"), py::arg("cubic"), py::arg("instructions") = "");
+    m.def("resize", &resize, py::arg("image"), py::arg("size"), py::arg("cubic"), py::arg("instructions") = "",
+          py::arg("out").noconvert() = py::none());
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (const auto& set : instruction_sets()) names.push_back(set.first);

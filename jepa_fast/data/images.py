@@ -117,11 +117,12 @@ def random_box(height: int, width: int, scale: tuple[float, float], rng: np.rand
 
 
 def random_resized_crop(
-    pixels: np.ndarray, size: int, scale: tuple[float, float], rng: np.random.Generator, how: str = "bilinear"
-) -> np.ndarray:
+    pixels: np.ndarray, size: int, scale: tuple[float, float], rng: np.random.Generator, how: str = "bilinear",
+    out: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
     """A random box of the image, resized to [C, size, size]."""
     height, width = pixels.shape[:2]
-    return crop(pixels, random_box(height, width, scale, rng), size, how)
+    return crop(pixels, random_box(height, width, scale, rng), size, how, out)
 
 
 def center_crop(pixels: np.ndarray, size: int, shorter: int, how: str = "bilinear") -> np.ndarray:
@@ -131,18 +132,26 @@ def center_crop(pixels: np.ndarray, size: int, shorter: int, how: str = "bilinea
     return crop(pixels, ((height - side) // 2, (width - side) // 2, side, side), size, how)
 
 
-def crop(pixels: np.ndarray, box: Box, size: int, how: str) -> np.ndarray:
+def crop(pixels: np.ndarray, box: Box, size: int, how: str, out: np.ndarray | None = None) -> np.ndarray:
     """A box of the image, resized to [C, size, size]."""
     top, left, height, width = box
-    return resize(pixels[top : top + height, left : left + width], size, how)
+    return resize(pixels[top : top + height, left : left + width], size, how, out)
 
 
-def resize(pixels: np.ndarray, size: int, how: str = "bilinear") -> np.ndarray:
-    """uint8 [H, W, C] -> [C, size, size] of its own, antialiased, `bilinear` or `bicubic`: Pillow's pixels, bit for bit."""
-    if pixels.shape[:2] == (size, size):
-        return pixels.transpose(2, 0, 1).copy()
+def resize(pixels: np.ndarray, size: int, how: str = "bilinear", out: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [H, W, C] -> [C, size, size], antialiased, `bilinear` or `bicubic`: Pillow's pixels, bit for bit.
+
+    In `out`, contiguous and of that shape, if it is given, and else in memory of its own.
+    """
     module = extension()
-    return resize_by_pillow(pixels, size, how) if module is None else module.resize(pixels, size, how == "bicubic")
+    if module is not None and pixels.shape[:2] != (size, size):
+        return module.resize(pixels, size, how == "bicubic", out=out)
+    same = pixels.shape[:2] == (size, size)
+    made = pixels.transpose(2, 0, 1) if same else resize_by_pillow(pixels, size, how)
+    if out is None:
+        return made.copy() if same else made
+    out[:] = made
+    return out
 
 
 def resize_by_pillow(pixels: np.ndarray, size: int, how: str) -> np.ndarray:

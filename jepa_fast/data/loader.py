@@ -242,14 +242,15 @@ class Loader:
         began = time.perf_counter()
         inputs = batch.inputs.numpy()
         for row in rows.tolist():
-            values, batch.samples[row] = self._load(int(batch.epochs[row]), int(asked[row]))
+            place = inputs[row]
+            values, batch.samples[row] = self._load(int(batch.epochs[row]), int(asked[row]), place)
             if isinstance(values, Encoded):
                 batch.encoded[row] = values
-            else:
-                inputs[row] = values
+            elif values is not place:
+                place[...] = values
         return time.perf_counter() - began
 
-    def _load(self, epoch: int, sample: int) -> tuple[np.ndarray | Encoded, int]:
+    def _load(self, epoch: int, sample: int, out: np.ndarray | None = None) -> tuple[np.ndarray | Encoded, int]:
         """The sample, or the next that can be read; and which it was."""
         rng = augmentation(self.seed, epoch, sample)
         for further in range(len(self.source)):
@@ -257,7 +258,7 @@ class Loader:
             if index in self._bad_samples:
                 continue
             try:
-                return self.source.load(index, rng), index
+                return self.source.load(index, rng, out), index
             except BadSample as error:
                 self._bad_samples[index] = Bad(self.source.key(index), error.kind, str(error))
         first = self._bad_samples[sample]

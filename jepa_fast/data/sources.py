@@ -93,7 +93,9 @@ class ImageSource:
     def __len__(self) -> int:
         return self.count
 
-    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray | Encoded:
+    def load(
+        self, index: int, rng: np.random.Generator | None, out: np.ndarray | None = None
+    ) -> np.ndarray | Encoded:
         raw, size, how = self.read(index), self.data.image_size, self.data.interpolation
         if rng is not None and self.data.decoder == "nvjpeg" and isinstance(raw, bytes):
             shape = images.plain_jpeg(raw)
@@ -114,7 +116,7 @@ class ImageSource:
         if rng is None:
             shorter = round(size * 256 / 224) if min(pixels.shape[:2]) > size else size
             return images.center_crop(pixels, size, shorter, how)
-        return images.random_resized_crop(pixels, size, self.data.crop_scale, rng, how)
+        return images.random_resized_crop(pixels, size, self.data.crop_scale, rng, how, out)
 
 
 @dataclass(frozen=True)
