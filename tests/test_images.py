@@ -11,6 +11,7 @@ import PIL
 import pytest
 from PIL import Image
 
+from jepa_fast.data import images
 from jepa_fast.data.extension import extension
 from jepa_fast.data.images import center_crop, decode, random_resized_crop, resize, resize_by_pillow
 from jepa_fast.data.shards import BadSample
@@ -268,6 +269,29 @@ for thread in threads:
     thread.join()
 print(sys.getrefcount(kind) - before)
 """
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("shape", [(90, 70, 3), (90, 70, 1), (48, 48, 3)])
+def test_an_image_is_resized_where_it_is_wanted(monkeypatch, built, shape):
+    if not built:
+        monkeypatch.setattr(images, "extension", lambda: None)
+    pixels = np.ascontiguousarray(gradient(*shape[:2])[:, :, : shape[2]])
+    batch = np.full((3, shape[2], 48, 48), 7, np.uint8)
+    place = batch[1]
+    assert resize(pixels, 48, out=place) is place
+    np.testing.assert_array_equal(batch[1], resize(pixels, 48))
+    assert (batch[[0, 2]] == 7).all()
+    for wrong in (np.empty((shape[2], 47, 48), np.uint8), np.empty((shape[2], 48, 47), np.uint8)):
+        with pytest.raises(ValueError, match=r"out must be|broadcast"):
+            resize(pixels, 48, out=wrong)
+
+
+@pytest.mark.skipif(extension() is None, reason="jepa_fast_C is not built")
+@pytest.mark.parametrize("wrong", [np.empty((3, 8, 8), np.int8), np.empty((3, 8, 16), np.uint8)[:, :, ::2]])
+def test_memory_that_is_not_that_of_an_image_is_refused(wrong):
+    with pytest.raises((ValueError, TypeError)):
+        resize(gradient(30, 40), 8, out=wrong)
 
 
 def test_threads_resize_without_a_hand_on_pythons_counts():

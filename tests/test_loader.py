@@ -31,7 +31,7 @@ class Noise:
     def prepare(self, indices):
         pass
 
-    def load(self, index, rng):
+    def load(self, index, rng, out=None):
         if index in self.bad:
             raise BadSample("unreadable")
         return np.array([[index, rng.random(), *np.zeros(98)]], np.float32)
@@ -107,7 +107,7 @@ def test_too_many_bad_samples_end_the_run_with_one_sentence():
 
 def test_an_error_of_the_source_reaches_the_loop():
     class Broken(Noise):
-        def load(self, index, rng):
+        def load(self, index, rng, out=None):
             raise ZeroDivisionError("a bug")
 
     with pytest.raises(ZeroDivisionError, match="a bug"):
@@ -176,7 +176,7 @@ def test_sets_are_mixed_by_weight_and_kept_apart():
 class Series(Noise):
     """Without augmentation, as series are."""
 
-    def load(self, index, rng):
+    def load(self, index, rng, out=None):
         return super().load(index, np.random.default_rng(index))
 
 

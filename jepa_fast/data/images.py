@@ -143,14 +143,15 @@ def resize(pixels: np.ndarray, size: int, how: str = "bilinear", out: np.ndarray
 
     In `out`, contiguous and of that shape, if it is given, and else in memory of its own.
     """
-    module = extension()
-    if module is not None and pixels.shape[:2] != (size, size):
+    if pixels.shape[:2] == (size, size):
+        made = pixels.transpose(2, 0, 1)
+    elif (module := extension()) is not None:
         return module.resize(pixels, size, how == "bicubic", out=out)
-    same = pixels.shape[:2] == (size, size)
-    made = pixels.transpose(2, 0, 1) if same else resize_by_pillow(pixels, size, how)
+    else:
+        made = resize_by_pillow(pixels, size, how)
     if out is None:
-        return made.copy() if same else made
-    out[:] = made
+        return made.copy()
+    out[...] = made
     return out
 
 

@@ -40,6 +40,7 @@ class Shards:
         self.shard_names = names or short_names(files)
         self.indexes = _indexes(files)
         self.starts = np.cumsum([0, *map(len, self.indexes)]).tolist()  # of each shard, and the end
+        self._bounds = np.array(self.starts)
         self._files = [(str(file), part.stamp) for file, part in zip(files, self.indexes, strict=True)]
         self._descriptors = descriptors.shared()
         self._changed: dict[int, Index] = {}  # shards that are not what they were when they were opened
@@ -115,10 +116,10 @@ class Shards:
     def prepare(self, samples: np.ndarray) -> None:
         """Let the system read ahead what `read` will be asked for."""
         samples = np.sort(samples)
-        cuts = np.searchsorted(samples, self.starts)
+        cuts = np.searchsorted(samples, self._bounds)
         for shard in np.flatnonzero(np.diff(cuts)).tolist():
-            rows = self.indexes[shard].rows[samples[cuts[shard] : cuts[shard + 1]] - self.starts[shard]]
-            wanted = zip(rows["offset"].tolist(), rows["length"].tolist(), strict=True)
+            part, rows = self.indexes[shard], samples[cuts[shard] : cuts[shard + 1]] - self.starts[shard]
+            wanted = zip(part.offset[rows].tolist(), part.length[rows].tolist(), strict=True)
             self._descriptors.will_need(self._files[shard], list(wanted))
 
     def _read(self, shard: int, row: int, offset: int, length: int) -> bytes:

@@ -50,9 +50,12 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int, rng: np.random.Generator | None) -> "np.ndarray | Encoded":
+    def load(
+        self, index: int, rng: np.random.Generator | None, out: np.ndarray | None = None
+    ) -> "np.ndarray | Encoded":
         """Sample `index`: uint8 [C, H, W] or float32 [C, L]; augmented with `rng`, as for evaluation without.
 
+        `out`, of that shape, is where it is wanted in the end: a source that can make it there does, and returns `out`.
         Encoded only with `rng`, and if data.decoder asks for it. Raises BadSample.
         """
         ...
@@ -93,9 +96,7 @@ class ImageSource:
     def __len__(self) -> int:
         return self.count
 
-    def load(
-        self, index: int, rng: np.random.Generator | None, out: np.ndarray | None = None
-    ) -> np.ndarray | Encoded:
+    def load(self, index: int, rng: np.random.Generator | None, out: np.ndarray | None = None) -> np.ndarray | Encoded:
         raw, size, how = self.read(index), self.data.image_size, self.data.interpolation
         if rng is not None and self.data.decoder == "nvjpeg" and isinstance(raw, bytes):
             shape = images.plain_jpeg(raw)
@@ -133,7 +134,7 @@ class SeriesSource:
     def __len__(self) -> int:
         return self.count
 
-    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
+    def load(self, index: int, rng: np.random.Generator | None, out: np.ndarray | None = None) -> np.ndarray:
         values = self.read(index)
         if not np.isfinite(values).all():
             raise BadSample("holds a missing or infinite value", "not_finite")
@@ -155,8 +156,8 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray | Encoded:
-        return self.source.load(int(self.indices[index]), rng)
+    def load(self, index: int, rng: np.random.Generator | None, out: np.ndarray | None = None) -> np.ndarray | Encoded:
+        return self.source.load(int(self.indices[index]), rng, out)
 
     def key(self, index: int) -> str:
         return self.source.key(int(self.indices[index]))
@@ -176,7 +177,7 @@ class Lost:
     def __len__(self) -> int:
         return len(self.lost)
 
-    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
+    def load(self, index: int, rng: np.random.Generator | None, out: np.ndarray | None = None) -> np.ndarray:
         raise BadSample(self.lost[index][1], "lost")
 
     def key(self, index: int) -> str:
@@ -205,9 +206,9 @@ class Joined:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def load(self, index: int, rng: np.random.Generator | None) -> np.ndarray | Encoded:
+    def load(self, index: int, rng: np.random.Generator | None, out: np.ndarray | None = None) -> np.ndarray | Encoded:
         k, place = self._place(index)
-        return self.sources[k].load(place, rng)
+        return self.sources[k].load(place, rng, out)
 
     def key(self, index: int) -> str:
         k, place = self._place(index)

@@ -101,9 +101,9 @@ class Stream:
         if self._arriving is not None:
             self._arriving.close()
 
-    def load(self, place: int, rng: np.random.Generator | None) -> np.ndarray | Encoded:
+    def load(self, place: int, rng: np.random.Generator | None, out: np.ndarray | None = None) -> np.ndarray | Encoded:
         source, sample = self._sample(place)
-        return source.load(sample, rng)
+        return source.load(sample, rng, out)
 
     def key(self, place: int) -> str:
         source, sample = self._sample(place)
