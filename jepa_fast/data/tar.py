@@ -70,12 +70,12 @@ def members(window: Window) -> Iterator[Member]:
         raise TarDamage(f"is compressed ({packed}) and has to be unpacked")
     fast = extension()
     while True:
-        while fast and at == begin:
-            found, at = fast.plain_members(window.descriptor, at, size, AT_ONCE)
+        if fast and at == begin:  # between two members
+            found, begin = fast.plain_members(window.descriptor, at, size, AT_ONCE)
             yield from map(Member._make, found)
-            begin = at
-            if len(found) < AT_ONCE:
-                break
+            at = begin
+            if len(found) == AT_ONCE:
+                continue
         header = window.get(at, BLOCK)
         if len(header) < BLOCK:
             if at == size:  # no end-of-archive mark: some writers leave it out
