@@ -214,6 +214,7 @@ def test_both_readers_tell_the_same_of_whole_cut_and_damaged_files(tmp_path, rea
         cut = [whole[: int(rng.integers(len(whole)))] for _ in range(10)]
         for content in [whole, *cut, *(damaged(rng, whole) for _ in range(40))]:
             (tmp_path / "x.tar").write_bytes(content)
+            monkeypatch.setattr(tar, "AT_ONCE", int(rng.choice([1, 2, 4096])))
             by_cpp, its_damage = scan(tmp_path / "x.tar")
             with monkeypatch.context() as patch:
                 patch.setattr(tar, "extension", lambda: None)
