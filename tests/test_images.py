@@ -271,6 +271,13 @@ print(sys.getrefcount(kind) - before)
 """
 
 
+@pytest.mark.parametrize("shape", [(1, 70_000, 3), (70_000, 1, 1)])
+def test_what_is_wider_than_any_jpeg_is_left_to_pillow(monkeypatch, shape):
+    """The C++ resize would take, and keep, 32 rows of it in every thread."""
+    monkeypatch.setattr(images, "extension", lambda: pytest.fail("C++ is asked"))
+    assert resize(np.zeros(shape, np.uint8), 8).shape == (shape[2], 8, 8)
+
+
 @pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("shape", [(90, 70, 3), (90, 70, 1), (48, 48, 3)])
 def test_an_image_is_resized_where_it_is_wanted(monkeypatch, built, shape):

@@ -56,6 +56,18 @@ def test_lengths_that_are_not_those_of_the_tokens_are_refused(field):
         plan(replace(masks, **{field: np.append(getattr(masks, field), 1)}), 4)
 
 
+@pytest.mark.skipif(extension() is None, reason="jepa_fast_C is not built")
+@pytest.mark.parametrize(
+    "lengths", [[2**62, 2**62, 2**62, 2**62 + 10], [2**63 - 1, 2**63 - 1, 12], [10**6, 10 - 10**6]]
+)
+def test_lengths_that_add_up_by_overflow_or_by_a_negative_are_refused(lengths):
+    tokens, lengths = np.zeros(10, np.int64), np.array(lengths, np.int64)
+    fine = np.array([10] + [0] * (len(lengths) - 1), np.int64)
+    for pair in ((lengths, fine), (fine, lengths)):
+        with pytest.raises(ValueError, match="add up"):
+            extension().indices(tokens, pair[0], tokens, pair[1], 1, 20)
+
+
 def test_a_ladder_rounds_totals_up_and_fixes_lengths():
     masks = MaskBatch(np.arange(11), np.array([6, 5]), np.array([1, 2]), np.array([1, 1]), 1)
     chosen = plan(masks, 16, ANY)

@@ -66,7 +66,7 @@ def test_training_and_test_files_find_each_other(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "text", "says"), [
-    ("a.tsv", "1\t2\tx\n1\t2\t3\n1\tz\t3\n", "line 3: could not convert string to float: 'z'"),
+    ("a.tsv", "y\ta\tb\n1\t2\t3\n1\tz\t3\n", "line 3: could not convert string to float: 'z'"),
     ("b.tsv", "1\t2\t3\n1\t2\n", "series of unequal length: series 1 has 2 values, series 2 has 1"),
     ("c.tsv", "", "holds no series"),
     ("d.tsv", "1\t2\tNaN\n", "series 1 of 1 holds a missing or infinite value"),
@@ -111,7 +111,7 @@ def test_pt_may_hold_arrays_and_lists(tmp_path):
 def test_infinite_values_spoil_their_own_series_only(tmp_path, how):
     (tmp_path / "a.tsv").write_text("1\t1\t2\t4\n1\t1\tinf\t4\n2\t1\t1e300\t4\n2\t3\t2\t1\n")
     held = series.load(tmp_path / "a.tsv").samples
-    whole = np.isfinite(series.normalise(held, how, held)).all((1, 2))
+    whole = np.isfinite(series.normalise(held, how, series.statistics(held))).all((1, 2))
     assert whole.tolist() == [True, False, False, True]
 
 
@@ -129,15 +129,15 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 def test_normalisation():
     x = np.random.default_rng(0).normal(3, 5, (4, 2, 50)).astype(np.float32)
-    each = series.normalise(x, "per_series", x)
+    each = series.normalise(x, "per_series")
     np.testing.assert_allclose(each.mean(2), 0, atol=1e-6)
     np.testing.assert_allclose(each.std(2), 1, atol=1e-6)
-    by_train = series.normalise(x[:1], "train", x)
+    by_train = series.normalise(x[:1], "train", series.statistics(x))
     np.testing.assert_allclose(
         by_train, (x[:1] - x.mean((0, 2))[None, :, None]) / x.std((0, 2))[None, :, None], rtol=1e-4, atol=1e-5
     )
-    assert series.normalise(x, "none", x) is x
-    assert np.isfinite(series.normalise(np.ones((1, 1, 5), np.float32), "per_series", x)).all()
+    assert series.normalise(x, "none") is x
+    assert np.isfinite(series.normalise(np.ones((1, 1, 5), np.float32), "per_series")).all()
 
 
 def test_a_folder_of_series_takes_its_classes_from_folders(tmp_path):
@@ -171,6 +171,11 @@ def test_a_folder_of_series_counts_the_files_that_cannot_be_used(tmp_path):
     (tmp_path / "04.npy").write_bytes((tmp_path / "05.npy").read_bytes()[:-8])
     (tmp_path / "06.csv").write_text("x\n1\nn/a\n")
     (tmp_path / "07.csv").write_text("")
+    (tmp_path / "12.csv").write_text("1\n2\n3#4\n4\n5\n")
+    (tmp_path / "13.csv").write_text("0\n1\n2\n3\n4\n", "utf-8-sig")
+    np.save(tmp_path / "14.npy", 1j * np.ones(5))
+    np.save(tmp_path / "15.npy", np.full(5, 1e300))
+    (tmp_path / "02.npy").rename(tmp_path / "02.NPY")
     np.save(tmp_path / "08.npy", np.arange(6.0))
     np.save(tmp_path / "09.npy", np.array([{}]), allow_pickle=True)
     np.save(tmp_path / "10.npy", np.full(5, np.nan))
@@ -186,11 +191,63 @@ def test_a_folder_of_series_counts_the_files_that_cannot_be_used(tmp_path):
     assert {key: value.partition(":")[0] for key, value in said.items()} == {
         "03.npy": "undecodable", "04.npy": "undecodable", "06.csv": "undecodable", "07.csv": "undecodable",
         "08.npy": "other_shape", "09.npy": "undecodable", "10.npy": "not_finite", "11.npy": "unreadable",
+        "12.csv": "undecodable", "14.npy": "undecodable", "15.npy": "not_finite",
     }  # fmt: skip
     assert said["08.npy"].endswith("holds 1 channels of 6 values, where most hold 1 channels of 5 values")
     np.testing.assert_allclose(np.mean(good), 0, atol=1e-6)  # what is good is normalised by what is good
     for file in tmp_path.iterdir():
         file.unlink()
         file.write_text("no series")
-    with pytest.raises(UsageError, match=r"not one of the 14 series of .* can be read; .*00.npy cannot be read"):
+    with pytest.raises(UsageError, match=r"not one of the 18 series of .* can be read; .*00.npy: not a readable array"):
         open_dataset(config)
+
+
+@pytest.mark.parametrize("gap", ["", "?", "NaN", " "])
+@pytest.mark.parametrize("suffix, separator", [(".tsv", "\t"), (".csv", ",")])
+def test_a_first_series_with_a_gap_is_no_header(tmp_path, suffix, separator, gap):
+    lines = [("1", gap, "3"), ("2", "4", "5"), ("1", "6", "7")]
+    file = tmp_path / f"x{suffix.upper()}"
+    file.write_text("\n".join(separator.join(line) for line in lines), "utf-8-sig")  # with the mark of spreadsheets
+    held = series.load(file)
+    assert np.isnan(held.samples[0, 0, 0]) and held.samples[:, 0, 1].tolist() == [3, 5, 7]
+    assert held.labels.tolist() == ["1", "2", "1"]
+
+
+def test_numbers_that_are_not_real_are_no_series(tmp_path):
+    np.save(tmp_path / "x.npy", 1j * np.ones((3, 5)))
+    torch.save({"samples": torch.ones(3, 5, dtype=torch.complex64)}, tmp_path / "x.pt")
+    for name in ("x.npy", "x.pt"):
+        with pytest.raises(UsageError, match=rf"{name} cannot be read .*complex"):
+            series.load(tmp_path / name)
+
+
+def test_tensors_may_have_half_the_bits_or_a_gradient(tmp_path):
+    values = torch.arange(10.0).view(2, 5)
+    for tensor in (values.bfloat16(), values.half(), values.clone().requires_grad_()):
+        torch.save({"samples": tensor, "labels": torch.tensor([1, 2])}, tmp_path / "x.pt")
+        np.testing.assert_array_equal(series.load(tmp_path / "x.pt").samples[:, 0], values)
+
+
+def test_shards_are_normalised_by_their_training_part_as_files_are(tmp_path):
+    from jepa_fast.config import replace
+    from jepa_fast.data import from_shards
+    from jepa_fast.data.dataset import open_dataset
+    from jepa_fast.data.writing import write_shards
+    from jepa_fast.presets import preset
+
+    rng = np.random.default_rng(0)
+    parts = {name: rng.normal(40, 3, (n, 2, 30)).astype(np.float32) for name, n in (("train", 50), ("test", 20))}
+    parts["train"][:, 1] *= 100
+    parts["train"][7, 0, 3] = np.nan
+    for name, values in parts.items():
+        np.save(tmp_path / f"{name}.npy", values)
+    samples = {k: ({"__key__": f"{i:03}", "npy": one} for i, one in enumerate(v)) for k, v in parts.items()}
+    write_shards(tmp_path / "set", samples, "s", 13)
+    config = replace(preset("series"), {"data.series_norm": "train", "data.path": str(tmp_path / "train.npy")})
+    by_file = open_dataset(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(from_shards, "AT_A_TIME", 4)
+        by_shard = open_dataset(replace(config, {"data.path": str(tmp_path / "set")}))
+    assert len(by_file.train) == len(by_shard.train) == 50
+    for i in (0, 6, 8, 49):
+        np.testing.assert_allclose(by_shard.train.load(i, None), by_file.train.load(i, None), rtol=1e-5, atol=1e-5)

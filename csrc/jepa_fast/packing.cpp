@@ -1,7 +1,6 @@
 // Index rows of a mask plan: the arithmetic of `indices_by_numpy` in jepa_fast/data/packing.py, outside Python's lock.
 
 #include <cstdint>
-#include <numeric>
 #include <stdexcept>
 
 #include "module.h"
@@ -15,13 +14,23 @@ py::array_t<T> array(int64_t count) {
     return py::array_t<T>(static_cast<py::ssize_t>(count));
 }
 
+// Of lengths that lie in [0, most]; -1 if one does not, or the total.
+int64_t total(const Numbers& lengths, int64_t most) {
+    int64_t sum = 0;
+    for (py::ssize_t i = 0; i < lengths.size(); ++i) {
+        const int64_t length = lengths.data()[i];
+        if (length < 0 || length > most - sum) return -1;
+        sum += length;
+    }
+    return sum;
+}
+
 py::dict indices(const Numbers& context, const Numbers& context_lengths, const Numbers& targets,
                  const Numbers& target_lengths, int64_t blocks, int64_t num_tokens) {
     const int64_t images = context_lengths.size(), tc = context.size(), tt = targets.size();
     const int64_t *in_context = context_lengths.data(), *in_target = target_lengths.data();
-    if (target_lengths.size() != images || blocks < 1 ||
-        std::accumulate(in_context, in_context + images, int64_t{0}) != tc ||
-        blocks * std::accumulate(in_target, in_target + images, int64_t{0}) != tt)
+    if (blocks < 1 || target_lengths.size() != images || total(context_lengths, tc) != tc ||
+        total(target_lengths, tt / blocks) * blocks != tt)
         throw std::invalid_argument("lengths do not add up to the tokens");
     auto context_rows = array<int64_t>(tc), target_rows = array<int64_t>(tt);
     auto order = array<int64_t>(blocks * tc + tt), mask_rows = array<int64_t>(tt);

@@ -25,11 +25,11 @@ def open_series(path: str, data: Data) -> Parts:
     named = [part.labels for part in held.values() if part.labels is not None]
     classes = np.unique(np.concatenate(named)) if len(named) == len(held) else None
     classes = None if classes is None else classes[classes != ""]
-    reference = next(iter(held.values())).samples
+    train = series.statistics(next(iter(held.values())).samples) if data.series_norm == "train" else None
     sources: list[Source] = []
     contents: dict[str, str] = {}
     for name, part in held.items():
-        samples = np.ascontiguousarray(series.normalise(part.samples, data.series_norm, reference), dtype=np.float32)
+        samples = np.ascontiguousarray(series.normalise(part.samples, data.series_norm, train), dtype=np.float32)
         labels = None
         if classes is not None and part.labels is not None:
             labels = np.where(part.labels == "", -1, np.searchsorted(classes, part.labels)).astype(np.int64)

@@ -1,22 +1,26 @@
 """Shards, on this machine or remote, as sources: payloads, class numbers, and the classes one wants to keep."""
 
-import io
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from jepa_fast import cores
 from jepa_fast.config import Data
 from jepa_fast.data import finding, series
 from jepa_fast.data.grouping import NO_LABEL
 from jepa_fast.data.health import TRUSTED
 from jepa_fast.data.index import Index
 from jepa_fast.data.parts import Parts, digest
+from jepa_fast.data.series import Statistics
 from jepa_fast.data.shards import BadSample, Shards, short_names
 from jepa_fast.data.sources import ImageSource, Joined, Lost, SeriesSource, Source, Subset
 from jepa_fast.data.streams import PROMISE, Stream, bring
 from jepa_fast.errors import UsageError
+
+AT_A_TIME = 256  # series a thread takes at once
 
 
 def open_shards(path: str, data: Data) -> Parts:
@@ -30,7 +34,8 @@ def open_shards(path: str, data: Data) -> Parts:
     _refuse_too_many_damaged(held, data.max_bad_share)
     labels = _labels(held)
     shape = common_shape(held[0]) if data.kind == "series" else ()
-    sources = [_source(part, classes, data, shape) for part, classes in zip(held, labels, strict=True)]
+    train = _statistics(held[0], shape) if data.kind == "series" and data.series_norm == "train" else None
+    sources = [_source(part, classes, data, shape, train) for part, classes in zip(held, labels, strict=True)]
     contents = {
         f"{split}/{name}": what
         for split, part in zip(("train", "test"), held, strict=False)
@@ -45,6 +50,10 @@ def open_shards(path: str, data: Data) -> Parts:
 
 def open_stream(path: str, data: Data, seed: int) -> Parts:
     """The remote shards that `path` means, all of them for training. Raises UsageError."""
+    if data.kind == "series" and data.series_norm == "train":
+        raise UsageError(
+            "--data.series_norm train needs shards on this machine; copy them first: python -m jepa_fast.shards"
+        )
     if data.label_filter:
         raise UsageError(
             "--data.label_filter needs shards on this machine; copy them first: python -m jepa_fast.shards"
@@ -145,34 +154,43 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _source(held: Shards, labels: np.ndarray | None, data: Data, shape: tuple[int, ...] = ()) -> Source:
-    """`shape`: of a series, [C, L]; of the most common one, where it is left out."""
+def _source(
+    held: Shards, labels: np.ndarray | None, data: Data, shape: tuple[int, ...] = (), train: Statistics | None = None
+) -> Source:
+    """`shape`: of a series, [C, L]; of the most common one, where it is left out. `train`: see series.normalise."""
     if data.kind == "images":
         return ImageSource(held.read, held.key, len(held), labels, data, held.prepare)
-    if data.series_norm == "train":
-        raise UsageError("--data.series_norm train is for files of series; shards take per_series or none")
-    read = partial(_read_series, held, data, shape or common_shape(held))
+    read = partial(_read_series, held, data, shape or common_shape(held), train)
     return SeriesSource(read, held.key, len(held), labels, held.prepare)
 
 
-def _read_series(held: Shards, data: Data, shape: tuple[int, ...], sample: int) -> np.ndarray:
-    values = array(held.read(sample), shape)
-    return series.normalise(values[None], data.series_norm, values)[0]
+def _read_series(held: Shards, data: Data, shape: tuple[int, ...], train: Statistics | None, sample: int) -> np.ndarray:
+    return series.normalise(series.array(held.read(sample), shape)[None], data.series_norm, train)[0]
 
 
-def array(data: bytes, shape: tuple[int, ...] = ()) -> np.ndarray:
-    """float32 [C, L] of a .npy, of `shape` where one is given. Raises BadSample."""
-    try:
-        values = np.load(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # a damaged header raises nearly anything, and may ask for any amount of memory
-        said = str(error).partition(". ")[0].replace("\n", " ")
-        raise BadSample(f"not a readable array ({said or type(error).__name__})", "undecodable") from None
-    if values.dtype.kind not in "fiub" or values.ndim not in (1, 2) or not values.size:
-        raise BadSample(f"an array of {values.dtype}, shape {values.shape}, and no numbers [C, L]", "undecodable")
-    values = np.atleast_2d(values).astype(np.float32)
-    if values.shape != (shape or values.shape):
-        raise BadSample(f"a series of shape {values.shape}, where most are {shape}", "other_shape")
-    return values
+def _statistics(held: Shards, shape: tuple[int, ...]) -> Statistics:
+    """Mean and standard deviation of the series that can be used, each read once (Chan, Golub, LeVeque 1979)."""
+
+    def moments(start: int) -> tuple[int, np.ndarray, np.ndarray]:
+        usable: list[np.ndarray] = []
+        for sample in range(start, min(start + AT_A_TIME, len(held))):
+            with suppress(BadSample):
+                values = series.array(held.read(sample), shape)
+                usable += [values] if np.isfinite(values).all() else []
+        if not usable:
+            return 0, np.zeros(1), np.zeros(1)
+        mean, std = series.statistics(np.stack(usable))
+        return len(usable), mean, std**2
+
+    count, mean, variance = 0, np.zeros(1), np.zeros(1)
+    with ThreadPoolExecutor(cores.usable()) as pool:
+        for more, its_mean, its_variance in pool.map(moments, range(0, len(held), AT_A_TIME)):
+            if more:
+                share = more / (count + more)
+                apart = its_mean - mean
+                variance = variance + share * (its_variance - variance + (1 - share) * apart**2)
+                mean, count = mean + share * apart, count + more
+    return mean, np.sqrt(variance)
 
 
 def common_shape(held: Shards) -> tuple[int, ...]:
@@ -182,7 +200,7 @@ def common_shape(held: Shards) -> tuple[int, ...]:
     )
     for sample in np.flatnonzero(inverse == counts.argmax())[:100].tolist():
         with suppress(BadSample):
-            return array(held.read(sample)).shape
+            return series.array(held.read(sample)).shape
     return ()
 
 

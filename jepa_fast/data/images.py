@@ -18,6 +18,7 @@ from jepa_fast.data.extension import extension
 from jepa_fast.data.shards import BadSample
 
 MOST_PIXELS = 2**26  # 67 million: 200 MB decoded, in every thread
+MOST_SIDE = 2**16  # of what C++ resizes: the memory it takes and keeps is 32 rows as wide as the picture
 MOST_KEPT = 2**24  # bytes that a thread keeps for the next image; fresh memory costs a sixth of a decode
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -145,7 +146,7 @@ def resize(pixels: np.ndarray, size: int, how: str = "bilinear", out: np.ndarray
     """
     if pixels.shape[:2] == (size, size):
         made = pixels.transpose(2, 0, 1)
-    elif (module := extension()) is not None:
+    elif max(pixels.shape) <= MOST_SIDE and (module := extension()) is not None:
         return module.resize(pixels, size, how == "bicubic", out=out)
     else:
         made = resize_by_pillow(pixels, size, how)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jepa_fast import cores
-from jepa_fast.data import finding, from_shards, images
+from jepa_fast.data import finding, from_shards, images, series
 from jepa_fast.data.grouping import NO_LABEL
 from jepa_fast.data.shards import BadSample, Shards
 from jepa_fast.errors import UsageError
@@ -60,7 +60,7 @@ def _verify_some(held: Shards, labels: np.ndarray | None, shape: tuple[int, ...]
         try:
             data = held.read(sample)
             if held.payload(sample) == "npy":
-                if not np.isfinite(from_shards.array(data, shape)).all():
+                if not np.isfinite(series.array(data, shape)).all():
                     raise BadSample("holds a missing or infinite value")
             else:
                 images.decode(data, 3)
@@ -90,8 +90,10 @@ def stats(held: Shards) -> list[str]:
     classes = labels if labels is not None else held.named(held.names)
     present, number = np.unique(classes[classes != NO_LABEL], return_counts=True)
     most, least = present[number.argmax()], present[number.argmin()]
+    sizes = f"{number.min():,} (class {least}) to {number.max():,} samples (class {most})"
+    if number.min() == number.max():
+        sizes = f"{number.max():,} samples of each"
     said.append(
-        f"{len(present)} classes: {number.min():,} (class {least}) to {number.max():,} samples (class {most}), "
-        f"the most common has {number.max() / number.sum():.1%}; {(classes == NO_LABEL).sum()} samples without a label"
+        f"{len(present)} classes: {sizes}, the most common has {number.max() / number.sum():.1%}; {(classes == NO_LABEL).sum()} samples without a label"
     )
     return said

@@ -1,5 +1,6 @@
 """Time series from the files people have: UCR .tsv, .ts, .pt, .npy, .csv. Out: float32 [n, C, L] and labels."""
 
+import io
 import math
 import pickle
 import re
@@ -14,6 +15,8 @@ from jepa_fast.data.shards import BadSample
 from jepa_fast.errors import UsageError
 
 SUFFIXES = (".tsv", ".ts", ".pt", ".npy", ".csv")
+GAPS = ("", "?")  # how files write a value that is missing
+ENCODING = "utf-8-sig"  # with the mark that spreadsheets put first, or without
 SAVED = "torch.save({'samples': x, 'labels': y}, file)"
 NUMPY: list[Any] = [  # what arrays are pickled as
     np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "fdehilqBHILQ?"},
@@ -36,7 +39,7 @@ def find(path: str) -> tuple[Path, Path | None]:
     """
     given = Path(path)
     if given.is_dir():
-        files = (f for f in given.iterdir() if f.suffix in SUFFIXES and not f.stem.endswith("_labels"))
+        files = (f for f in given.iterdir() if f.suffix.lower() in SUFFIXES and not f.stem.endswith("_labels"))
         training = sorted(f for f in files if re.search("train", f.name, re.I))
         if len(training) != 1:
             held = "no file" if not training else f"{len(training)} files"
@@ -57,10 +60,10 @@ def find(path: str) -> tuple[Path, Path | None]:
 def load(file: Path) -> SeriesFile:
     """Read a file of series. Raises UsageError naming file, line and mend."""
     readers = {".tsv": _read_tsv, ".ts": _read_ts, ".pt": _read_pt, ".npy": _read_npy, ".csv": _read_csv}
-    if file.suffix not in readers:
+    if file.suffix.lower() not in readers:
         raise UsageError(f"{file} is not a file of series; known are {', '.join(readers)}")
     try:
-        samples, labels = readers[file.suffix](file)
+        samples, labels = readers[file.suffix.lower()](file)
     except UsageError:
         raise
     except Exception as error:  # damaged pickles and arrays raise nearly anything
@@ -79,7 +82,17 @@ def load(file: Path) -> SeriesFile:
     return SeriesFile(samples, labels)
 
 
-def normalise(samples: np.ndarray, how: str, train: np.ndarray) -> np.ndarray:
+Statistics = tuple[np.ndarray, np.ndarray]
+"""Mean and standard deviation of each channel, float64 [1, C, 1]."""
+
+
+def statistics(train: np.ndarray) -> Statistics:
+    """Those of the series in float32 [n, C, L] that have no missing value."""
+    whole = train[np.isfinite(train).all((1, 2))]
+    return whole.mean((0, 2), dtype=np.float64)[None, :, None], whole.std((0, 2), dtype=np.float64)[None, :, None]
+
+
+def normalise(samples: np.ndarray, how: str, train: Statistics | None = None) -> np.ndarray:
     """z-normalise [n, C, L] `per_series` (each channel by itself), by the statistics of `train`, or (`none`) not at all.
 
     Series with a missing value stay as they are unusable; the others are not affected.
@@ -88,11 +101,33 @@ def normalise(samples: np.ndarray, how: str, train: np.ndarray) -> np.ndarray:
         return samples
     with np.errstate(invalid="ignore"):  # of infinite values: their series are not used
         if how == "train":
-            whole = train[np.isfinite(train).all((1, 2))]
-            mean, std = (f((0, 2), dtype=np.float64)[None, :, None] for f in (whole.mean, whole.std))
+            assert train is not None
+            mean, std = train
         else:
             mean, std = (f(2, keepdims=True, dtype=np.float64) for f in (samples.mean, samples.std))
         return ((samples - mean) / np.maximum(std, 1e-8)).astype(np.float32)
+
+
+def array(data: bytes, shape: tuple[int, ...] = ()) -> np.ndarray:
+    """float32 [C, L] of a .npy with one series, of `shape` where one is given. Raises BadSample."""
+    try:
+        values = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # a damaged header raises nearly anything, and may ask for any amount of memory
+        said = str(error).partition(". ")[0].replace("\n", " ")
+        raise BadSample(f"not a readable array ({said or type(error).__name__})", "undecodable") from None
+    if values.dtype.kind not in "fiub" or values.ndim not in (1, 2) or not values.size:
+        raise BadSample(f"an array of {values.dtype}, shape {values.shape}, and no numbers [C, L]", "undecodable")
+    values = _float32(np.atleast_2d(values))
+    if values.shape != (shape or values.shape):
+        raise BadSample(f"a series of shape {values.shape}, where most are {shape}", "other_shape")
+    return values
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind not in "fiub":
+        raise ValueError(f"it holds {values.dtype}; a series is of real numbers")
+    with np.errstate(over="ignore"):  # infinite in float32: a series that cannot be used
+        return values.astype(np.float32)
 
 
 def _read_tsv(file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -105,7 +140,9 @@ def _read_csv(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _table(file: Path, separator: str) -> tuple[np.ndarray, np.ndarray]:
-    lines = [(number, line) for number, line in enumerate(file.read_text().splitlines(), start=1) if line.strip()]
+    lines = [
+        (number, line) for number, line in enumerate(file.read_text(ENCODING).splitlines(), start=1) if line.strip()
+    ]
     if lines and _is_header(lines[0][1], separator):
         lines = lines[1:]
     labels, rows = [], []
@@ -120,17 +157,23 @@ def _table(file: Path, separator: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_header(line: str, separator: str) -> bool:
+    """Whether no value of a first line is a number; a series may begin with gaps."""
+    values = [value for cell in line.split(separator)[1:] if (value := cell.strip()) not in GAPS]
+    return bool(values) and not any(map(_is_number, values))
+
+
+def _is_number(text: str) -> bool:
     try:
-        [float(v) for v in line.split(separator)[1:]]
-    except ValueError:
+        float(text)
         return True
-    return False
+    except ValueError:
+        return False
 
 
 def _read_ts(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """The format of timeseriesclassification.com: @ header, then channels between ':', the label last."""
     labelled, begun, rows, labels = True, False, [], []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(file.read_text(ENCODING).splitlines(), start=1):
         line = line.strip()
         if not line or line.startswith(("#", "%")):
             continue
@@ -163,9 +206,17 @@ def _read_pt(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise UsageError(f"{file} holds no dict with 'samples' (and 'labels'); save it as {SAVED}")
     samples, labels = held["samples"], held.get("labels")
     if isinstance(samples, (list, tuple)):
-        samples = _stack([np.asarray(one, dtype=np.float32) for one in samples], file)
-    named = None if labels is None else np.array([_tidy(str(label)) for label in np.asarray(labels).ravel().tolist()])
-    return _three_axes(np.asarray(samples).astype(np.float32), file), named
+        samples = _stack([_float32(_array(one)) for one in samples], file)
+    named = None if labels is None else np.array([_tidy(str(label)) for label in _array(labels).ravel().tolist()])
+    return _three_axes(_float32(_array(samples)), file), named
+
+
+def _array(values: Any) -> np.ndarray:
+    """Of a tensor too, in whatever precision and with or without a gradient."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach()
+        values = values.float() if values.dtype == torch.bfloat16 else values
+    return np.asarray(values)
 
 
 def _read_npy(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -174,7 +225,7 @@ def _read_npy(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
     labels = (
         np.array([_tidy(str(v)) for v in np.load(beside, allow_pickle=False).ravel()]) if beside.is_file() else None
     )
-    return _three_axes(np.load(file, allow_pickle=False).astype(np.float32), file), labels
+    return _three_axes(_float32(np.load(file, allow_pickle=False)), file), labels
 
 
 def _three_axes(samples: np.ndarray, file: Path) -> np.ndarray:
@@ -185,11 +236,9 @@ def _three_axes(samples: np.ndarray, file: Path) -> np.ndarray:
 
 def _numbers(values: list[str], file: Path, line: int) -> np.ndarray:
     try:
-        numbers = np.array([float(v) if v.strip() not in ("", "?") else np.nan for v in values])
+        return _float32(np.array([float(v) if v.strip() not in GAPS else np.nan for v in values]))
     except ValueError as error:
         raise UsageError(f"{file}, line {line}: {error}; a series is numbers only") from None
-    with np.errstate(over="ignore"):  # infinite in float32: a series that cannot be used
-        return numbers.astype(np.float32)
 
 
 def _stack(rows: list[np.ndarray], file: Path) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_fast.data.series import SeriesFile
+from jepa_fast.data.series import ENCODING, SeriesFile, array
 from jepa_fast.data.shards import BadSample
 from jepa_fast.errors import UsageError
 
@@ -38,7 +38,7 @@ def _files(root: Path) -> list[Path]:
     return sorted(
         f
         for f in root.rglob("*")
-        if f.suffix in SUFFIXES and not f.name.startswith(".") and not f.stem.endswith("_labels")
+        if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and not f.stem.endswith("_labels")
     )
 
 
@@ -49,7 +49,7 @@ def _part(root: Path) -> SeriesFile:
     held = [_one(file) for file in files]
     shapes = Counter(one.shape for one in held if isinstance(one, np.ndarray))
     if not shapes:
-        raise UsageError(f"not one of the {len(files)} series of {root} can be read; {files[0]} {held[0]}; mend them")
+        raise UsageError(f"not one of the {len(files)} series of {root} can be read; {files[0]}: {held[0]}; mend them")
     shape = shapes.most_common(1)[0][0]
     rows, unread = np.full((len(files), *shape), np.nan, np.float32), {}
     for i, one in enumerate(held):
@@ -67,28 +67,23 @@ def _part(root: Path) -> SeriesFile:
 def _one(file: Path) -> np.ndarray | BadSample:
     """float32 [C, L], or why there is none."""
     try:
-        if file.suffix == ".npy":
-            values = np.load(file, allow_pickle=False).astype(np.float32)
-        else:
-            values = _csv(file).T
+        values = array(file.read_bytes()) if file.suffix.lower() == ".npy" else _csv(file).T
+    except BadSample as error:
+        return error
     except OSError as error:
         return BadSample(f"cannot be read ({error.strerror})", "unreadable")
-    except Exception as error:  # damaged arrays raise nearly anything
-        said = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
-        return BadSample(f"cannot be read ({said})", "undecodable")
-    values = values[None] if values.ndim == 1 else values
-    if values.ndim != 2 or not values.size:
-        return BadSample(f"holds an array of shape {values.shape}; one series a file is [L] or [C, L]", "other_shape")
-    return values
+    except ValueError as error:
+        return BadSample(f"cannot be read ({str(error).splitlines()[0]})", "undecodable")
+    return values if values.size else BadSample("holds no values", "undecodable")
 
 
 def _csv(file: Path) -> np.ndarray:
     """[L, C]; a first line that is no numbers is a header."""
-    lines = [line for line in file.read_text().splitlines() if line.strip()]
+    lines = [line for line in file.read_text(ENCODING).splitlines() if line.strip()]
     trouble = ValueError("no numbers in it")
     for rows in filter(None, (lines, lines[1:])):
         try:
-            return np.loadtxt(rows, delimiter=",", dtype=np.float32, ndmin=2)
+            return np.loadtxt(rows, delimiter=",", dtype=np.float32, ndmin=2, comments=None)
         except ValueError as error:
             trouble = error
     raise trouble
