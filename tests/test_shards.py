@@ -97,6 +97,8 @@ def test_a_damaged_index_is_made_again(folder):
 
 def test_splits_come_from_info_or_names_or_the_neighbours(folder, tmp_path):
     assert [len(v.files) for v in find(str(folder)).values()] == [3, 1]
+    (folder / "_info.json").write_text('{"author": "of another program"}')
+    assert [len(v.files) for v in find(str(folder)).values()] == [3, 1]
     (folder / "_info.json").unlink()
     assert [len(v.files) for v in find(str(folder)).values()] == [3, 1]
     pattern = find(str(folder / "toy-train-{0000..0001}.tar"))

@@ -173,7 +173,7 @@ def _info(folder: Path) -> dict[str, Split]:
                 [folder / f for f in split["filenames"]],
                 [int(n) for n in split["shard_lengths"]] if "shard_lengths" in split else None,
             )
-            for name, split in json.loads(file.read_text())["splits"].items()
+            for name, split in json.loads(file.read_text()).get("splits", {}).items()  # without: another program's
         }
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UsageError(
