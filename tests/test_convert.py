@@ -3,6 +3,8 @@
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -332,3 +334,57 @@ def test_wrong_usage_is_one_line(tmp_path, monkeypatch, capsys, args, says):
     assert go(*args) == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_key_made_different_is_not_one_that_was_there(tmp_path):
+    """The second `a` becomes a-2, which is taken."""
+    (tmp_path / "in").mkdir()
+    for shard, keys in (("a", ["a-2", "a"]), ("b", ["a", "b"])):
+        with tarfile.open(tmp_path / "in" / f"{shard}.tar", "w") as tar:
+            for key in keys:
+                info = tarfile.TarInfo(f"{key}.jpg")
+                info.size = 2
+                tar.addfile(info, io.BytesIO(f"{shard}{key[0]}".encode()))
+    assert go(tmp_path / "in", tmp_path / "out", "--keep-order") == 0
+    assert json.loads((tmp_path / "out" / "_info.json").read_text())["splits"]["train"]["num_samples"] == 4
+    held = Shards([tmp_path / "out" / "out-train-0000.tar"])
+    assert len(held) == 4 and not held.repeated
+
+
+def test_a_conversion_that_has_not_ended_is_told(images, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert go(images, out, "--samples-per-shard", 2) == 0
+    assert go("--verify", out) == 0
+    (out / "_info.json").unlink()
+    (out / "out-train-0003.tar").unlink()
+    capsys.readouterr()
+    assert go("--verify", out) == 1
+    assert f"bad: {out}: its conversion has not ended: run it again" in capsys.readouterr().out
+    config = replace(preset("images"), {"data.path": str(out)})
+    assert any("has not ended" in note for note in open_dataset(config).notes)
+
+
+def test_a_folder_that_another_process_converts_into_is_refused(images, tmp_path, capsys):
+    assert go(images, tmp_path / "out", "--samples-per-shard", 2) == 0
+    program = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path / "out" / ".lock"], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        capsys.readouterr()
+        assert go(images, tmp_path / "out", "--samples-per-shard", 2) == 2
+        err = capsys.readouterr().err
+        assert "is being written by another conversion; wait for it" in err and err.count("\n") == 1
+        other.kill()
+    assert go(images, tmp_path / "out", "--samples-per-shard", 2) == 0
+
+
+def test_a_shard_cut_in_the_padding_of_a_whole_payload_loses_nothing(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for key in "ab":
+            info = tarfile.TarInfo(f"{key}.jpg")
+            info.size = 700
+            tar.addfile(info, io.BytesIO(key.encode() * 700))
+    data = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(data[: data.rindex(b"b" * 700) + 710])
+    go(tmp_path / "x.tar", tmp_path / "out", "--keep-order")
+    held = Shards([tmp_path / "out" / "out-train-0000.tar"])
+    assert [held.read(i) for i in range(2)] == [b"a" * 700, b"b" * 700]

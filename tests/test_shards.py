@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from jepa_fast.data import index
+from jepa_fast.data import index, inspection
 from jepa_fast.data.finding import find
 from jepa_fast.data.shards import BadSample, Shards
 from jepa_fast.data.writing import write_shards
@@ -353,3 +353,36 @@ def test_a_disk_that_fails_costs_what_lies_there_and_no_more(folder, monkeypatch
     with pytest.raises(BadSample, match=r"the shard cannot be read \(Input/output error\)"):
         held.read(4)
     assert held.read(3) and held.read(5)
+
+
+def test_a_shard_whose_end_is_zeros_is_doubted_and_what_it_held_is_known(folder):
+    """As an interrupted download into a file of the right size leaves it."""
+    files = find(str(folder))["train"].files
+    Shards(files)
+    (folder / "_info.json").unlink()
+    for name, known in (("again", 10), ("new", 0)):
+        data = files[1].read_bytes()
+        begin = int(Shards(files).indexes[1].rows["begin"][3])
+        if name == "new":
+            files[1].with_name(f".{files[1].name}.idx").unlink()
+        files[1].write_bytes(data[:begin] + bytes(60_000))
+        held = Shards(files)
+        assert len(held.indexes[1]) == 3 and held.told[1] == known
+        if known:
+            assert len(held.lost) == 7 and "zeros" in held.lost[0][1]
+        else:
+            assert "ends in 60000 zeros, far more than a tar needs" in held.indexes[1].doubt
+            assert any("60000 zeros" in trouble.what for trouble in inspection.verify(held, 1, lambda *_: None))
+        files[1].write_bytes(data)
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_no_wait(folder):
+    files = find(str(folder))["train"].files
+    held = Shards(files)
+    held._descriptors.close()
+    files[1].unlink()
+    os.mkfifo(files[1])
+    with pytest.raises(BadSample):
+        held.read(12)
+    with pytest.raises(UsageError):
+        Shards(files[1:2])

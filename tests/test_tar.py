@@ -32,6 +32,12 @@ def write(file, names=NAMES, format=tarfile.GNU_FORMAT, data=lambda i: bytes([i]
             made.addfile(info, io.BytesIO(data(i)))
 
 
+def summed(content, at=0):
+    """Puts the right sum into the header at byte `at` of a bytearray."""
+    content[at + 148 : at + 156] = b" " * 8
+    content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+
+
 def scan(file):
     """(members, damage) of a file."""
     found = []
@@ -67,8 +73,7 @@ def test_headers_of_unix_v7_are_known_by_their_sum(tmp_path):
     data = bytearray((tmp_path / "x.tar").read_bytes())
     for at in (0, 512):  # the first has no data
         data[at + 257 : at + 512] = bytes(255)
-        data[at + 148 : at + 156] = b" " * 8
-        data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+        summed(data, at)
     (tmp_path / "x.tar").write_bytes(data)
     assert [m.name for m in scan(tmp_path / "x.tar")[0]] == [b"a.jpg", b"b.jpg"]
     data[200] ^= 1
@@ -134,6 +139,7 @@ def test_what_comes_after_members_with_holes_is_found(tmp_path):
     info.size, info.type = 700, tarfile.GNUTYPE_SPARSE
     head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
     head[482] = 1  # the map goes on in further blocks, and the last of them says so
+    summed(head)
     maps = bytearray(1024)
     maps[504] = 1
     after = tarfile.TarInfo("after.jpg")
@@ -200,8 +206,10 @@ def damaged(rng, content):
     content = bytearray(content)
     for _ in range(int(rng.integers(1, 4))):
         place = int(rng.choice([0, 50, *range(124, 136), 150, 156, 257, 262, 263, 345, 400]))
-        at = int(rng.integers(len(content) // 512)) * 512 + place
-        content[at] = int(rng.choice([0, 32, 48, 55, 56, 95, 0x80, 120, int(rng.integers(256))]))
+        block = int(rng.integers(len(content) // 512)) * 512
+        content[block + place] = int(rng.choice([0, 32, 48, 55, 56, 95, 0x80, 120, int(rng.integers(256))]))
+        if rng.random() < 0.7:
+            summed(content, block)
     return bytes(content)
 
 
@@ -225,3 +233,64 @@ def test_both_readers_tell_the_same_of_whole_cut_and_damaged_files(tmp_path, rea
                 repr(damage),
                 getattr(damage, "member", b""),
             )
+
+
+@pytest.mark.parametrize(
+    "size", [b"-0000001000\0", b"-0000000012\0", b"+0000001000\0", b"0000_001000\0", b"0o000001000\0", b"00000000009\0"]
+)
+def test_a_size_that_is_no_octal_number_is_damage(tmp_path, size):
+    write(tmp_path / "x.tar", ["a.jpg", "b.jpg", "c.jpg"], data=lambda i: bytes([65 + i]) * 600)
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    data[1536 + 124 : 1536 + 136] = size
+    summed(data, 1536)
+    (tmp_path / "x.tar").write_bytes(data)
+    found, damage = scan(tmp_path / "x.tar")
+    assert [m.name for m in found] == [b"a.jpg"] and "is no number, at byte 1536" in str(damage)
+
+
+def test_a_size_of_thousands_of_digits_is_damage(tmp_path):
+    info = tarfile.TarInfo("a.jpg")
+    info.pax_headers = {"size": "9" * 5000}
+    (tmp_path / "x.tar").write_bytes(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    assert "a size of" in str(scan(tmp_path / "x.tar")[1])
+
+
+def test_a_flipped_bit_in_a_header_is_damage_and_signed_sums_are_not(tmp_path):
+    write(tmp_path / "x.tar", ["a.jpg", "ä.jpg", "c.jpg"], data=lambda i: bytes([65 + i]) * 600)
+    whole = (tmp_path / "x.tar").read_bytes()
+    for at in (0, 3, 100, 124, 130, 156, 300, 345):
+        data = bytearray(whole)
+        data[1536 + at] ^= 2
+        (tmp_path / "x.tar").write_bytes(data)
+        found, damage = scan(tmp_path / "x.tar")
+        assert [m.name for m in found] == [b"a.jpg"] and "than a tar header at byte 1536" in str(damage), at
+    data = bytearray(whole)
+    data[1536 + 148 : 1536 + 156] = b"%06o\0 " % (int(data[1536 + 148 : 1536 + 154], 8) - 2 * 256)
+    (tmp_path / "x.tar").write_bytes(data)
+    assert [len(scan(tmp_path / "x.tar")[0]), scan(tmp_path / "x.tar")[1]] == [3, None]
+
+
+def test_what_goes_on_behind_an_end_mark_is_damage_and_zeros_are_counted(tmp_path):
+    write(tmp_path / "x.tar", ["a.jpg", "b.jpg"], data=lambda i: bytes([65 + i]) * 600)
+    data = (tmp_path / "x.tar").read_bytes()
+    for content, at in (
+        (data + data, len(data)),
+        (data[:1536] + bytes(512) + data[2048:], 2048),
+        (data + b"x", len(data)),
+    ):
+        (tmp_path / "x.tar").write_bytes(content)
+        found, damage = scan(tmp_path / "x.tar")
+        assert found and f"goes on at byte {at}" in str(damage)
+    (tmp_path / "x.tar").write_bytes(data + bytes(3_000_000))
+    with (tmp_path / "x.tar").open("rb") as file:
+        window = Window(file.fileno())
+        assert len(list(members(window))) == 2 and window.padding == len(data) - 3072 + 3_000_000
+
+
+@pytest.mark.skipif(extension() is None, reason="jepa_fast_C is not built")
+def test_positions_that_no_file_has_are_harmless(tmp_path):
+    write(tmp_path / "x.tar")
+    with (tmp_path / "x.tar").open("rb") as file:
+        for at in (2**63 - 1, 2**63 - 512, -1, -(2**63), 2**40):
+            assert extension().plain_members(file.fileno(), at, 2**63 - 1, 10) == ([], at)
+    assert extension().plain_members(-1, 0, 10**6, 10) == ([], 0)

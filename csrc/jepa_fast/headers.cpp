@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -38,7 +39,7 @@ class Window {
     // Empty where the file ends before, or cannot be read: what that means is for tar.py to say.
     std::string_view get(int64_t at, int64_t count) {
         if (!holds(at, count)) {
-            const bool near = start_ <= at && at <= start_ + held_ + kBlock;
+            const bool near = start_ <= at && at - start_ <= held_ + kBlock;
             reach_ = near ? std::min(kLarge, 4 * reach_) : kSmall;
             start_ = at;
             held_ = std::max<int64_t>(0, pread(descriptor_, bytes_.get(), std::max(count, reach_), at));
@@ -46,7 +47,7 @@ class Window {
         return holds(at, count) ? std::string_view(bytes_.get() + (at - start_), count) : std::string_view();
     }
 
-    bool holds(int64_t at, int64_t count) const { return start_ <= at && at + count <= start_ + held_; }
+    bool holds(int64_t at, int64_t count) const { return start_ <= at && count <= held_ - (at - start_); }
 
  private:
     int descriptor_;
@@ -63,6 +64,14 @@ std::optional<int64_t> number(std::string_view field) {
     int64_t value = 0;
     for (const char digit : field.substr(0, digits)) value = 8 * value + (digit - '0');
     return value;
+}
+
+// Whether the sum of all bytes, its own counted as blanks, is what the header says. tar.py knows of signed sums.
+bool sums_up(std::string_view header) {
+    int64_t sum = 8 * ' ';
+    for (const char byte : header) sum += static_cast<uint8_t>(byte);
+    for (const char byte : header.substr(148, 8)) sum -= static_cast<uint8_t>(byte);
+    return number(header.substr(148, 8)) == sum;
 }
 
 // Whether attributes 'length key=value\n' are readable and change nothing that is asked here: times, owners.
@@ -85,11 +94,11 @@ std::optional<Member> member_at(Window* window, int64_t begin, int64_t end) {
     int64_t at = begin;
     for (bool attributes = false;; attributes = true) {
         const std::string_view header = window->get(at, kBlock);
-        if (header.empty() || header.substr(257, 5) != "ustar") return {};
+        if (header.empty() || header.substr(257, 5) != "ustar" || !header[0] || !sums_up(header)) return {};
         const std::optional<int64_t> size = number(header.substr(124, 12));
         const int64_t data = at + kBlock;
         const char kind = header[156];
-        if (!size || data + *size > end) return {};
+        if (!size || *size > end - data) return {};
         if (kind == 'x' && !attributes && *size > 0 && *size <= kLarge) {
             if (!harmless(window->get(data, *size))) return {};
             at = data + padded(*size);
@@ -109,7 +118,8 @@ py::tuple plain_members(int descriptor, int64_t at, int64_t end, int64_t most) {
     {
         const py::gil_scoped_release release;
         Window window(descriptor);
-        while (static_cast<int64_t>(found.size()) < most) {
+        end = std::min(end, std::numeric_limits<int64_t>::max() - 2 * kBlock);  // so that no position overflows
+        while (0 <= at && at <= end && static_cast<int64_t>(found.size()) < most) {
             std::optional<Member> member = member_at(&window, at, end);
             if (!member) break;
             at = member->data + padded(member->size);

@@ -3,9 +3,12 @@
 Which samples a shard holds, and so its bytes, follow from the material and the options alone.
 """
 
+import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from jepa_fast import cores
 from jepa_fast.data.materials import Material
 from jepa_fast.data.order import shuffled
 from jepa_fast.data.shards import BadSample
-from jepa_fast.data.writing import write_info, write_tar
+from jepa_fast.data.writing import PLAN, write_info, write_tar
 from jepa_fast.errors import UsageError
 
 
@@ -45,6 +48,13 @@ def convert(material: Material, folder: Path, options: Options, progress: Callab
     """Write `folder`. `progress(done, shards, bytes)` is called after every shard. Raises UsageError."""
     tasks = _tasks(material, options, options.name or folder.resolve().name)
     _claim(folder, material, options)
+    with _alone(folder):
+        return _convert(material, folder, options, tasks, progress)
+
+
+def _convert(
+    material: Material, folder: Path, options: Options, tasks: list[_Task], progress: Callable[[int, int, int], None]
+) -> Result:
     known = _known(folder)
     lengths: dict[str, dict[str, int]] = {split: {} for split in material.splits}
     result, written = Result(lengths, left_out=list(material.lost)), 0
@@ -86,7 +96,7 @@ def _claim(folder: Path, material: Material, options: Options) -> None:
         "contents": material.contents, "name": options.name, "samples_per_shard": options.samples_per_shard,
         "seed": options.seed, "splits": material.splits,
     }  # fmt: skip
-    file = folder / ".plan.json"
+    file = folder / PLAN
     try:
         if file.is_file():
             if json.loads(file.read_text()) != plan:
@@ -95,7 +105,7 @@ def _claim(folder: Path, material: Material, options: Options) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{folder} exists and is not empty; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".plan.json.partial"
+        partial = folder / f"{PLAN}.{os.getpid()}.partial"
         partial.write_text(json.dumps(plan))
         partial.rename(file)
     except OSError as error:
@@ -104,6 +114,25 @@ def _claim(folder: Path, material: Material, options: Options) -> None:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{file} cannot be read; delete {folder} and convert again") from None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. Raises UsageError if another process does."""
+    lock = folder / ".lock"
+    try:
+        file = lock.open("a")
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}; choose a folder that can be written") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{folder} is being written by another conversion; wait for it, or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+        lock.unlink(missing_ok=True)
 
 
 def _known(folder: Path) -> dict[str, dict]:
@@ -131,7 +160,7 @@ def _write(task: _Task, material: Material, folder: Path) -> dict:
             except BadSample as error:
                 left_out.append(f"{task.split} sample {number}: {error}")
                 continue
-            if made["__key__"] in keys:  # source shards may number theirs alike
+            while made["__key__"] in keys:  # source shards may number theirs alike
                 made["__key__"] += f"-{number}"
             keys.add(made["__key__"])
             yield made

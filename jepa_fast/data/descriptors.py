@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
+READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe in a file's place is no wait
 MOST = 1024  # of one process; less where the system allows fewer
 Stamp = tuple[int, int]  # size, mtime in ns
 File = tuple[str, Stamp]  # path; another stamp, another file
@@ -72,7 +73,7 @@ class Descriptors:
             held = self._open.get(file)
             if held is None:
                 self._close_down_to(self.most - 1)
-                held = self._open[file] = _Open(os.open(file[0], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
+                held = self._open[file] = _Open(os.open(file[0], READ))
             else:
                 self._open.move_to_end(file)
             held.users += 1

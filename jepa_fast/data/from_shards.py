@@ -118,14 +118,13 @@ def _notes(held: list[Shards], labels: list[np.ndarray | None]) -> list[str]:
         for name, index, told in zip(part.shard_names, part.indexes, part.told, strict=True)
         if index.damage
     ]
-    unmarked = [
-        name
-        for part in held
-        for name, index, told in zip(part.shard_names, part.indexes, part.told, strict=True)
-        if index.unmarked and told != len(index)
-    ]
-    if unmarked:
-        notes.append(f"without the mark that ends a tar, so possibly cut between two samples: {_few(unmarked)}")
+    doubtful: dict[str, list[str]] = {}
+    for part in held:
+        for name, index, told in zip(part.shard_names, part.indexes, part.told, strict=True):
+            if index.doubt and told != len(index):
+                doubtful.setdefault(index.doubt, []).append(name)
+    notes += [f"{_few(shards)} {why}" for why, shards in doubtful.items()]
+    notes += [f"the conversion of {folder} has not ended: run it again" for folder in held[0].unfinished]
     for part, classes in zip(held, labels, strict=True):
         bare = [] if classes is None else np.flatnonzero(classes == NO_LABEL).tolist()
         if bare:

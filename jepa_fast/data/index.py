@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from jepa_fast.data.cache import cache_folder
+from jepa_fast.data.descriptors import READ
 from jepa_fast.data.grouping import Samples, text
-from jepa_fast.data.tar import TarDamage, Window, members
+from jepa_fast.data.tar import LONGEST_PADDING, TarDamage, Window, members
 from jepa_fast.errors import UsageError
 
-MAGIC = b"jepa-fast index 5\n"
+MAGIC = b"jepa-fast index 6\n"
 ROW = np.dtype(
     [
         ("begin", "<i8"),  # byte of the first header of the sample
@@ -50,6 +51,7 @@ class Index:
     lost: list[tuple[str, str]] = field(default_factory=list)  # (key, why) of samples that are there in part
     repeated: list[str] = field(default_factory=list)  # keys that occur more than once
     beside: int = 0  # payloads that are not used, as their sample has another before
+    padding: int = 0  # zeros behind the last member
     expected: int = 0  # of a damaged shard: samples it held when it was whole, if it was indexed then; 0: unknown
 
     def __len__(self) -> int:
@@ -66,9 +68,13 @@ class Index:
         return self.rows["length"]
 
     @property
-    def unmarked(self) -> bool:
-        """Whether the shard ends right behind a sample, without the mark that ends a tar."""
-        return not self.damage and self.end >= self.stamp[0]
+    def doubt(self) -> str:
+        """Why the shard may have held more, though it is a whole tar; or ''."""
+        if self.damage or 0 < self.padding <= LONGEST_PADDING:
+            return ""
+        if not self.padding:
+            return "ends without the mark that ends a tar: it may have been cut between two samples"
+        return f"ends in {self.padding} zeros, far more than a tar needs: it may not have been copied whole"
 
     @property
     def names(self) -> list[str]:
@@ -92,7 +98,7 @@ def index(file: Path) -> Index:
         if kept is not None:
             return kept
         made = _scan(file, stamp)
-        if made.damage or made.end >= stat.st_size:  # cut, possibly right behind a sample
+        if made.damage or made.doubt:
             made = _beside_the_earlier(made, file)
     except OSError as error:
         raise UsageError(f"shard {file}: {error.strerror}; give the right --data.path, or make it readable") from None
@@ -105,7 +111,7 @@ def index(file: Path) -> Index:
 
 
 def _scan(file: Path, stamp: tuple[int, int]) -> Index:
-    descriptor = os.open(file, os.O_RDONLY)
+    descriptor = os.open(file, READ)
     try:
         window, samples, damage = Window(descriptor), Samples(), ""
         try:
@@ -117,7 +123,7 @@ def _scan(file: Path, stamp: tuple[int, int]) -> Index:
             samples.finish(damage, error.member)
     finally:
         os.close(descriptor)
-    return _index_of(samples, stamp, damage)
+    return replace(_index_of(samples, stamp, damage), padding=window.padding)
 
 
 def _index_of(samples: Samples, stamp: tuple[int, int], damage: str) -> Index:
@@ -159,7 +165,9 @@ def _beside_the_earlier(made: Index, file: Path) -> Index:
     held = 0 if earlier is None else max(earlier.expected, len(earlier) + len(earlier.lost))
     if held <= len(made) + len(made.lost):
         return made
-    return replace(made, expected=held, damage=made.damage or "ends without its end mark, and held more samples before")
+    return replace(
+        made, expected=held, damage=made.damage or f"{made.doubt.partition(':')[0]}, and held more samples before"
+    )
 
 
 def _load(kept: Path, stamp: tuple[int, int] | None) -> Index | None:
@@ -189,7 +197,7 @@ def _store(made: Index, file: Path) -> None:
     head = {
         "stamp": made.stamp, "count": len(made), "key_bytes": len(made.keys), "name_bytes": len(made.raw_names),
         "end": made.end, "digest": made.digest, "damage": made.damage, "lost": made.lost, "repeated": made.repeated,
-        "beside": made.beside, "expected": made.expected,
+        "beside": made.beside, "padding": made.padding, "expected": made.expected,
     }  # fmt: skip
     line = json.dumps(head).encode()
     line += b" " * (-(len(MAGIC) + len(line) + 1) % 8) + b"\n"  # the rows are aligned

@@ -34,13 +34,15 @@ def open_splits(path: str) -> dict[str, Shards]:
 
 def verify(held: Shards, workers: int, progress: Callable[[int, int], None]) -> Iterator[Trouble]:
     """Read and decode every sample; what is wrong, in file order."""
+    for folder in held.unfinished:
+        yield Trouble(folder, "its conversion has not ended: run it again", True)
     for where, why in held.lost:
         yield Trouble(where, why, True)
     for name, part, told in zip(held.shard_names, held.indexes, held.told, strict=True):
         if part.damage and part.lost and not told:  # else what lies behind the damage is among the lost
             yield Trouble(name, f"{part.damage}; how many samples came after is unknown", False)
-        if part.unmarked:
-            yield Trouble(name, "ends without an end-of-archive mark: it may have been cut between two samples", False)
+        if part.doubt:
+            yield Trouble(name, part.doubt, False)
         if part.beside:
             yield Trouble(name, f"{part.beside} payloads are not used: their samples have another before", False)
     for where in held.repeated:

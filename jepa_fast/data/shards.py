@@ -16,7 +16,8 @@ import numpy as np
 from jepa_fast.data import descriptors
 from jepa_fast.data.grouping import NO_LABEL, PAYLOADS
 from jepa_fast.data.index import Index, index
-from jepa_fast.data.writing import write_shards
+from jepa_fast.data.tar import BLOCK
+from jepa_fast.data.writing import PLAN, write_shards
 from jepa_fast.errors import UsageError
 
 __all__ = ["BadSample", "Shards", "write_shards"]
@@ -77,6 +78,12 @@ class Shards:
         """Keys that occur more than once in their shard, as <shard>:<key>."""
         return [f"{n}:{k}" for n, part in zip(self.shard_names, self.indexes, strict=True) for k in part.repeated]
 
+    @property
+    def unfinished(self) -> list[str]:
+        """Folders whose conversion has not ended: there may be further shards to come."""
+        folders = dict.fromkeys(file.parent for file in self.files)
+        return [str(f) for f in folders if (f / PLAN).exists() and not (f / "_info.json").exists()]
+
     def place(self, sample: int) -> tuple[int, int]:
         """(shard, row in it)."""
         shard = bisect_right(self.starts, sample) - 1
@@ -111,7 +118,8 @@ class Shards:
         part = self.indexes[shard]
         begin = int(part.rows["begin"][row])
         end = int(part.rows["begin"][row + 1]) if row + 1 < len(part) else part.end
-        return self._read(shard, row, begin, end - begin)
+        data = self._read(shard, row, begin, min(end, part.stamp[0]) - begin)
+        return data + bytes(-len(data) % BLOCK)  # where the shard is cut in the padding behind a whole payload
 
     def prepare(self, samples: np.ndarray) -> None:
         """Let the system read ahead what `read` will be asked for."""

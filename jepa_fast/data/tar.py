@@ -16,6 +16,7 @@ BLOCK = 512
 AT_ONCE = 4096  # members that C++ reads before it hands them over
 SMALL, LARGE = 4096, 1 << 20  # bytes of one read: among large payloads, and among small ones
 ZEROS = bytes(BLOCK)
+LONGEST_PADDING = 20 * BLOCK + BLOCK  # of zeros behind a tar, as nearly all programs write it
 REGULAR = b"\x0007"
 LONG_NAME, PAX = ord("L"), ord("x")
 SPARSE = ord("S")
@@ -45,6 +46,7 @@ class Window:
     def __init__(self, descriptor: int):
         self.descriptor, self.size = descriptor, os.fstat(descriptor).st_size
         self.start, self.bytes, self.reach = 0, b"", SMALL
+        self.padding = 0  # zeros behind the last member, once they were seen
 
     def get(self, at: int, count: int) -> bytes:
         """`count` bytes from `at`, fewer where the file ends."""
@@ -84,9 +86,9 @@ def members(window: Window) -> Iterator[Member]:
                 raise TarDamage(f"ends in the middle of a member's padding, at byte {size}")
             raise TarDamage(f"ends in the middle of a header, at byte {size}", long_name or b"")
         if not header[0] and header == ZEROS:
+            _check_behind(window, at)
             return
-        if header[257:262] != b"ustar":
-            _check_sum(header, at)
+        _check_sum(header, at)
         data, kind = at + BLOCK, header[156]
         if kind == SPARSE:
             data = _behind_the_map(window, header, data)
@@ -98,7 +100,7 @@ def members(window: Window) -> Iterator[Member]:
                 long_name or (b"" if about_next else _name(header)),
             )
         if about_next and length > LARGE:
-            raise TarDamage(f"is damaged: a name of {length} bytes, at byte {at}")
+            raise TarDamage(f"is damaged: a name or attributes of {length} bytes, at byte {at}")
         at = data + (length + BLOCK - 1) // BLOCK * BLOCK
         if kind == LONG_NAME:
             long_name = window.get(data, length).rstrip(b"\0")
@@ -125,13 +127,26 @@ def _behind_the_map(window: Window, header: bytes, at: int) -> int:
     return at
 
 
+def _check_behind(window: Window, mark: int) -> None:
+    """Behind the mark that ends a tar there are zeros only: else a part of it was overwritten, or another tar follows."""
+    at = mark
+    while chunk := window.get(at, LARGE):
+        if chunk.strip(b"\0"):
+            place = at + len(chunk) - len(chunk.lstrip(b"\0"))
+            raise TarDamage(f"has zeros at byte {mark}, where a tar ends, and goes on at byte {place}")
+        at += len(chunk)
+    window.padding = at - mark
+
+
 def _check_sum(header: bytes, at: int) -> None:
-    """V7 headers have no magic word: they are known by their sum."""
+    """The sum of all bytes, its own counted as blanks; some old programs took the bytes for signed."""
     try:
         told = _number(header[148:156], at)
     except TarDamage:
         told = -1
-    if sum(header) - sum(header[148:156]) + 8 * 32 != told or not header[0]:
+    summed = header[:148] + header[156:]
+    unsigned = sum(summed) + 8 * 32
+    if not header[0] or told not in (unsigned, unsigned - 256 * sum(byte > 127 for byte in summed)):
         raise TarDamage(f"holds something else than a tar header at byte {at}" if at else "is not a tar file")
 
 
@@ -146,14 +161,14 @@ def _number(field: bytes, at: int) -> int:
     """Octal digits, or base 256 where the first bit is set (sizes of 8 GiB and more)."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big") + ((field[0] & 0x7F) << (8 * (len(field) - 1)))
-    try:
-        return int(field.rstrip(b" \0") or b"0", 8)
-    except ValueError:
-        raise TarDamage(f"is damaged: {field!r} is no number, at byte {at}") from None
+    digits = field.strip(b" \0") or b"0"
+    if not digits.isdigit() or b"8" in digits or b"9" in digits:  # int() takes signs and underscores too
+        raise TarDamage(f"is damaged: {field!r} is no number, at byte {at}")
+    return int(digits, 8)
 
 
 def _decimal(text: bytes, at: int) -> int:
-    if not text.isdigit():
+    if not text.isdigit() or len(text) > 19:
         raise TarDamage(f"is damaged: a size of {text[:20]!r}, at byte {at}")
     return int(text)
 

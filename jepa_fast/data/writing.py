@@ -9,6 +9,8 @@ from pathlib import Path
 
 import webdataset
 
+PLAN = ".plan.json"  # what a conversion is going to write; without _info.json beside it, it has not ended
+
 
 def write_shards(folder: Path, splits: Mapping[str, Iterable[dict]], name: str, samples_per_shard: int = 1000) -> Path:
     """Write {split: samples} as `folder`/<name>-<split>-0000.tar ... with `_info.json`; all of it or nothing.
