@@ -14,6 +14,7 @@ The images are synthetic (smooth colours with grain), so rates are of this machi
 
 import io
 import math
+import os
 import sys
 import tarfile
 import tempfile
@@ -181,6 +182,7 @@ def loading(bench: Bench, folder: Path, jpegs: list[bytes], batches: int) -> Non
     count = BATCH * batches
     samples = ({"__key__": f"{i:06}", "jpg": jpegs[i % len(jpegs)]} for i in range(count))
     write_shards(folder, {"train": samples}, "load", SHARD * BATCH)
+    os.sync()  # or writing to the disk would go on beside what is measured
     one = replace(preset("images"), {"data.path": str(folder), "data.workers": 1, "train.batch_size": BATCH})
     two = replace(one, {"data.workers": 2})
     source = open_dataset(one).train
