@@ -248,6 +248,15 @@ def test_a_size_that_is_no_octal_number_is_damage(tmp_path, size):
     assert [m.name for m in found] == [b"a.jpg"] and "is no number, at byte 1536" in str(damage)
 
 
+def test_attributes_may_come_in_two_headers(tmp_path):
+    one, two = tarfile.TarInfo("a.jpg"), tarfile.TarInfo("a.jpg")
+    one.pax_headers, two.pax_headers = {"size": "700"}, {"comment": "x"}
+    headers = one.tobuf(tarfile.PAX_FORMAT)[:-512] + two.tobuf(tarfile.PAX_FORMAT)
+    (tmp_path / "x.tar").write_bytes(headers + bytes([7]) * 700 + bytes(324 + 1024))
+    found, damage = scan(tmp_path / "x.tar")
+    assert damage is None and [(m.name, m.size) for m in found] == [(b"a.jpg", 700)]
+
+
 def test_a_size_of_thousands_of_digits_is_damage(tmp_path):
     info = tarfile.TarInfo("a.jpg")
     info.pax_headers = {"size": "9" * 5000}

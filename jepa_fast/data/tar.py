@@ -107,7 +107,7 @@ def members(window: Window) -> Iterator[Member]:
         elif kind == PAX:
             held = _pax(window.get(data, length), data)
             long_name = held.get(b"path", long_name)
-            long_size = _decimal(held[b"size"], data) if b"size" in held else None
+            long_size = _decimal(held[b"size"], data) if b"size" in held else long_size
             sparse = b"GNU.sparse.name" in held
             long_name = held.get(b"GNU.sparse.name", long_name)
         elif not about_next:
