@@ -4,6 +4,7 @@
 code that it predicts. Sizes come from the presets (built on the meta device), token counts from their own masks.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -141,7 +142,7 @@ def feeding_table(gpu: str = "H100") -> str:
     for label, name in MODELS.items():
         for count in (1, 8):
             demand = count * BATCH / _at_goal(label, name, TRAINED, gpu)
-            cores = f"{demand / rate:.0f}" if rate else "not measured"
+            cores = f"{math.ceil(demand / rate)}" if rate else "not measured"
             lines.append([f"{label}, {count}", f"{demand:,.0f}", cores, f"{110e3 * demand / 1e9:.2f}"])
     return markdown([f"model, number of {gpu}", "images/s", f"cores, {told}", "GB/s at 110 kB an image"], lines)
 

@@ -371,8 +371,8 @@ def test_a_shard_whose_end_is_zeros_is_doubted_and_what_it_held_is_known(folder)
         if known:
             assert len(held.lost) == 7 and "zeros" in held.lost[0][1]
         else:
-            assert "ends in 60000 zeros, far more than a tar needs" in held.indexes[1].doubt
-            assert any("60000 zeros" in trouble.what for trouble in inspection.verify(held, 1, lambda *_: None))
+            assert "ends in far more zeros than a tar needs" in held.indexes[1].doubt
+            assert any("more zeros" in trouble.what for trouble in inspection.verify(held, 1, lambda *_: None))
         files[1].write_bytes(data)
 
 

@@ -100,7 +100,8 @@ std::optional<Member> member_at(Window* window, int64_t begin, int64_t end) {
         const char kind = header[156];
         if (!size || *size > end - data) return {};
         if (kind == 'x' && !attributes && *size > 0 && *size <= kLarge) {
-            if (!harmless(window->get(data, *size))) return {};
+            const std::string_view records = window->get(data, *size);
+            if (records.empty() || !harmless(records)) return {};
             at = data + padded(*size);
             continue;
         }

@@ -119,9 +119,8 @@ def _claim(folder: Path, material: Material, options: Options) -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock. Raises UsageError if another process does."""
-    lock = folder / ".lock"
     try:
-        file = lock.open("a")
+        file = (folder / ".lock").open("a")
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}; choose a folder that can be written") from None
     with file:
@@ -132,7 +131,6 @@ def _alone(folder: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
-        lock.unlink(missing_ok=True)
 
 
 def _known(folder: Path) -> dict[str, dict]:

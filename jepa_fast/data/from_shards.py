@@ -123,7 +123,7 @@ def _notes(held: list[Shards], labels: list[np.ndarray | None]) -> list[str]:
         for name, index, told in zip(part.shard_names, part.indexes, part.told, strict=True):
             if index.doubt and told != len(index):
                 doubtful.setdefault(index.doubt, []).append(name)
-    notes += [f"{_few(shards)} {why}" for why, shards in doubtful.items()]
+    notes += [f"{_few(shards)}: the shard {why}" for why, shards in doubtful.items()]
     notes += [f"the conversion of {folder} has not ended: run it again" for folder in held[0].unfinished]
     for part, classes in zip(held, labels, strict=True):
         bare = [] if classes is None else np.flatnonzero(classes == NO_LABEL).tolist()

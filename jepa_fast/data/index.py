@@ -74,7 +74,7 @@ class Index:
             return ""
         if not self.padding:
             return "ends without the mark that ends a tar: it may have been cut between two samples"
-        return f"ends in {self.padding} zeros, far more than a tar needs: it may not have been copied whole"
+        return "ends in far more zeros than a tar needs: it may not have been copied whole"
 
     @property
     def names(self) -> list[str]:
