@@ -82,7 +82,7 @@ def set_up(config: Config, resume: str, world: World, stop: survive.Preemption) 
             lock = rundir.claim(config, folder, new=not config.run.dir and not start)
     stop.folder = folder
     monitor = CollapseMonitor(
-        folder, ema.fused, loss=jepa.loss, target_norm=jepa.target_norm, every=config.log.every,
+        folder, ema.fused, loss=jepa.loss, target_norm=jepa.target_norm, grid=config.grid, every=config.log.every,
         spectral_every=config.monitor.spectral_every, examination=examination, start=start, say=progress.say,
     )  # fmt: skip
     if state is not None:

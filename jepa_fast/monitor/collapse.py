@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from jepa_fast import parallel
 from jepa_fast.log import RunLog
-from jepa_fast.monitor import bound, discrepancy, phase
+from jepa_fast.monitor import bound, discrepancy, phase, skill
 from jepa_fast.monitor.drift import Drift, Identity, Weights
 from jepa_fast.monitor.examination import Examination
 from jepa_fast.monitor.interval import Interval
@@ -36,7 +37,8 @@ class CollapseMonitor:
     weights: what the drift is measured on. A FusedEMA (its distances cost nothing more), or (context encoder, target
     encoder), or pairs of tensors (theta, theta_bar), named or not; None: no drift.
     loss, target_norm: which loss it is, and whether targets are layer-normed in it: with them and `hidden` the
-    predictor's skill is measured. every: steps between records. spectral_every: steps between spectral norms of the
+    predictor's skill is measured (equal numbers of inputs on all processes). grid: tokens along each axis; None: a square
+    where the number of tokens is one, else a line. every: steps between records. spectral_every: steps between spectral norms of the
     drift; 0: as the examination.
     examination: what is measured on a fixed set (probes, spectra, mismatches), on a period of its own.
     start: None for a new log; on resume the number of the next step, and what was logged from there on is dropped.
@@ -53,6 +55,7 @@ class CollapseMonitor:
         *,
         loss: Literal["l2", "smooth_l1", "l1"] | None = None,
         target_norm: bool = False,
+        grid: tuple[int, ...] | None = None,
         every: int = 10,
         spectral_every: int = 0,
         examination: Examination | None = None,
@@ -61,7 +64,8 @@ class CollapseMonitor:
     ):
         if every < 1:
             raise ValueError(f"every is {every}; give a number of steps of at least 1")
-        self.loss, self.target_norm, self.every, self.examination = loss, target_norm, every, examination
+        self.loss, self.target_norm, self.grid = loss, target_norm, grid
+        self.every, self.examination = every, examination
         self.spectral_every = spectral_every
         self.drift = Drift(weights) if weights is not None else None
         self.identity = Identity(self.drift.ema) if self.drift else None
@@ -172,12 +176,20 @@ class CollapseMonitor:
             if len(rows) != len(context):
                 raise ValueError(f"{len(context)} context tokens, but `visible` names {len(rows)} of {b} x {n} tokens")
             signals |= discrepancy.readings(context, target.flatten(0, 1)[rows], spread)
-        if self.loss is not None and hidden is not None:
-            regression = F.layer_norm(target, target.shape[-1:]) if self.target_norm else target
-            rows = rows_of(hidden, b, n, target.device)
-            weight = target.new_full((len(rows),), 1 / len(rows)) if hidden_weight is None else hidden_weight
-            signals["skill"] = discrepancy.predictor_skill(loss, regression, rows, weight, self.loss)
+        if self.loss is not None and hidden is not None and context is not None:
+            hidden_rows = rows_of(hidden, b, n, target.device)
+            weight = (
+                target.new_full((len(hidden_rows),), 1 / len(hidden_rows)) if hidden_weight is None else hidden_weight
+            )
+            signals |= skill.trivial_skills(
+                loss, self._as_targets(target), self._as_targets(context), rows, hidden_rows, weight, self.loss,
+                self.grid or skill.likely_grid(n), num_processes=self.world.size, mean=partial(parallel.mean, world=self.world),
+            )  # fmt: skip
         return signals
+
+    def _as_targets(self, features: Tensor) -> Tensor:
+        """Features [..., D] as the loss compares them."""
+        return F.layer_norm(features.float(), features.shape[-1:]) if self.target_norm else features.float()
 
     def _drift(self, examined: dict[str, float], looks: bool) -> dict[str, float]:
         """Distances of the weights, and what needs them. Called on every process."""

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_fast.model.jepa import token_loss
-
 # Shape legend: B images, N tokens of one, T tokens of the batch that both encoders saw, D width.
 
 
@@ -53,32 +51,6 @@ def readings(context: Tensor, visible: Tensor, spread: Tensor) -> dict[str, Tens
 
 def _centred(context: Tensor, visible: Tensor) -> Tensor:
     return discrepancy(context - context.mean(0), visible - visible.mean(0))
-
-
-def predictor_skill(loss: Tensor, regression_target: Tensor, rows: Tensor, weight: Tensor, kind: str) -> Tensor:
-    """1 - loss / loss of the best constant predictor of each position; below 0 the predictor is worse than that.
-
-    regression_target [B, N, D] is what the loss compares with, rows int64 the tokens of [B * N] that it is taken at,
-    weight (sums to 1) their shares in it. The constant is fitted on the batch itself and its loss corrected by
-    B / (B - 1), which is exact for `l2`.
-    """
-    b = regression_target.shape[0]
-    constant = _best_constant(regression_target, kind)  # [1, N, D]
-    each = token_loss(constant.expand_as(regression_target), regression_target, kind).flatten()  # [B * N]
-    return 1 - loss.detach() / ((weight @ each[rows]) * b / max(1, b - 1))
-
-
-def _best_constant(target: Tensor, kind: str) -> Tensor:
-    if kind == "l1":
-        return target.median(0, keepdim=True).values
-    constant = target.mean(0, keepdim=True)
-    if kind == "smooth_l1":
-        for _ in range(
-            3
-        ):  # reweighted means converge on the Huber location; three are within 1e-3 on layer-normed features
-            weight = 1 / (target - constant).abs().clamp(min=1)
-            constant = (weight * target).sum(0, keepdim=True) / weight.sum(0, keepdim=True)
-    return constant
 
 
 # ---- equation 4, on whole and masked views of the same inputs -----------------------------------------

@@ -14,6 +14,7 @@ from jepa_fast.parallel.world import (
     join,
     lead,
     leave,
+    mean,
     refusal,
     same_everywhere,
     shorten_timeouts,
@@ -22,5 +23,5 @@ from jepa_fast.parallel.wrap import accumulating, build, distribute, full, gathe
 
 __all__ = [
     "Choice", "World", "accumulating", "average", "barrier", "build", "choose", "distribute", "dry_run", "full", "gather", "gathered", "here",
-    "join", "lead", "leave", "precision", "refusal", "roots", "same_everywhere", "settle", "shorten_timeouts",
+    "join", "lead", "leave", "mean", "precision", "refusal", "roots", "same_everywhere", "settle", "shorten_timeouts",
 ]  # fmt: skip

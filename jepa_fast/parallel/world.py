@@ -141,6 +141,15 @@ def average(values: dict[str, Tensor], world: World) -> dict[str, float]:
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
+def mean(value: Tensor, world: World) -> Tensor:
+    """The mean over processes of a tensor on the device, without a synchronisation with the host."""
+    if world.size == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / world.size
+
+
 def same_everywhere(value: Any, world: World) -> Any:
     """Rank 0's value, on every process."""
     if world.size == 1:
