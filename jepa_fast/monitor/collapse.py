@@ -1,5 +1,6 @@
 """The collapse monitor: a training loop's loss, features and weights in; metrics.jsonl and events.jsonl out."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -217,13 +218,15 @@ class CollapseMonitor:
         self._num_records += 1
         if self.log:
             spike = loss_spike(self.log.records, highest)
+            called = self._detector.add(record)
+            record |= self._assessed()
             self.log.record(record)
             if spike:
                 self.log.event("loss_spike", self.step, **spike)
             if bad:
                 self.log.event("skipped_step", self.step, count=bad)
             self._check_theory(record)
-            self._announce(record)
+            self._announce(called)
         if self.identity:
             self.identity.worst = None  # told
         return record
@@ -241,12 +244,25 @@ class CollapseMonitor:
             said = f"the update is off theorem 4.2 by {residual:.3g} times what rounding explains"
             self._tell(f"event: identity violated, step {self.step:,}: {said}, in {self.identity.where}")
 
-    def _announce(self, record: Record) -> None:
-        """Events that this record decides."""
+    def _assessed(self) -> Record:
+        """What the record says of the phase: `phase/state`, probabilities, the skill's mean and its standard error."""
+        now = self._detector.assessment
+        if now is None:
+            return {}
+        said: Record = {"phase/state": now.state}
+        for name, value in (("context", now.useful_context), ("target", now.useful_target)):
+            if value is not None:
+                said[f"phase/useful/{name}"] = value
+        mean, error = self._detector.skill
+        if mean is not None:
+            said |= {"skill/smooth": mean} | ({"skill/error": error} if math.isfinite(error) else {})
+        return said
+
+    def _announce(self, called: list[phase.Event]) -> None:
+        """Events that this record has decided."""
         assert self.log is not None
-        for event in self._detector.add(record):
-            details = {"called_at": event.called_at, "confidence": event.confidence}
-            self.log.event(event.kind, event.step, **details, evidence=list(event.evidence))
+        for event in called:
+            self.log.event(event.kind, event.step, **event.entry())
             self._tell(sentence(self.log.events[-1]))
 
     def _tell(self, text: str) -> None:
@@ -264,10 +280,12 @@ class CollapseMonitor:
         return self.log.events if self.log else []
 
     def close(self) -> list[Record]:
-        """Close the files. Returns all phase events."""
+        """Close the files. Returns all phase events; of a phase that lasts, as it stands now."""
         if self.log:
+            for event in self._detector.open_phase():
+                self.log.event(event.kind, event.step, **event.entry())
             self.log.close()
-        return [e for e in self.events if "evidence" in e]
+        return phase.latest([e for e in self.events if "evidence" in e])
 
     def __enter__(self) -> "CollapseMonitor":
         return self

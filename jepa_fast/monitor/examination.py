@@ -174,7 +174,7 @@ class Examination:
             test = probes.features(encoder, self.probe_set.test, self.device)
             scores = probes.score(self._features(name), test, self.probe_set, self.config)
             record |= {f"probe/{name}{protocol}": value for protocol, value in scores.items()}
-        return record | {"probe/majority": self.probe_set.majority}
+        return record | {"probe/majority": self.probe_set.majority, "probe/num_test": len(self.probe_set.test)}
 
     def _spectra(self) -> dict[str, float]:
         record: dict[str, float] = {}

@@ -1,56 +1,62 @@
-"""Which phase a run is in: records of metrics.jsonl in, events out. Needs no model, so any project's log will do.
+"""Which phase a run is in: records of metrics.jsonl in, events and assessments out. Needs no model, so any log will do.
 
-Three kinds of statement, never mixed: facts about the shape of one curve (`shapes`), what probes say of the features
-(`features`), and, where there are no labels, what the other signals say of them (`suspicion`, with a confidence).
+Three kinds of statement, never mixed: facts about the shape of the loss (`shapes`), facts about the features, from probes
+(`facts`), and estimates of them where there are no labels (`estimate`, with a probability). `assess` gives the state after
+every record, `detect` the events.
 
-Everything is causal: an event called at step s is decided by the records up to s, and nothing takes it back.
+Everything is causal: what is said at step s follows from the records up to s, and nothing takes it back.
 """
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from jepa_fast.monitor.phase.curves import Event, Level, levels, number, series
-from jepa_fast.monitor.phase.features import PROBE_MARGIN, Features
-from jepa_fast.monitor.phase.gauges import Signals
-from jepa_fast.monitor.phase.shapes import Drops, Valleys, valley_event
-from jepa_fast.monitor.phase.suspicion import Suspicions
+from jepa_fast.monitor.phase.assessment import Assessment, Assessor, assess
+from jepa_fast.monitor.phase.curves import PHASE, Event, Level, levels, number, series
+from jepa_fast.monitor.phase.facts import latest, look_of, probe_margin
+from jepa_fast.monitor.phase.shapes import LossShape
 
-__all__ = ["PROBE_MARGIN", "Detector", "Event", "Level", "detect", "levels", "number", "series"]
-
-VALLEYS = {"loss": "loss_minimum", "discrepancy/visible": "discrepancy_valley", "spread": "variance_escape"}
+__all__ = [
+    "PHASE", "Assessment", "Detector", "Event", "Level", "assess", "detect", "latest", "levels", "look_of", "number",
+    "probe_margin", "series",
+]  # fmt: skip
 
 
 def detect(records: Iterable[dict[str, Any]]) -> list[Event]:
-    """All events of a run so far, in the order they were called. Records need `step`; every other key may be missing."""
+    """All events of a run so far, in the order they were called. Records need `step`; any other key may be missing.
+
+    A collapse phase is one event: with its end, or as it stands at the last record.
+    """
     detector = Detector()
-    return [event for record in records for event in detector.add(record)]
+    events = [event for record in records for event in detector.add(record)]
+    ends = {event.step: event for event in (*events, *detector.open_phase()) if event.kind == PHASE}
+    kept = [event for event in events if event.kind != PHASE]
+    return sorted([*kept, *ends.values()], key=lambda event: (event.called_at, event.step, event.kind))
 
 
 class Detector:
     """The same while a run goes on: takes one record after the other, and returns what each has decided."""
 
     def __init__(self) -> None:
-        self.last = -math.inf
-        self.signals, self.features, self.suspicions = Signals(), Features(), Suspicions()
-        self.valleys = {key: Valleys() for key in VALLEYS}
-        self.drops = {key: Drops(key) for key in ("loss", "spread")}
+        self.assessor, self.shape = Assessor(), LossShape()
+        self.assessment: Assessment | None = None  # at the last record
 
     def add(self, record: dict[str, Any]) -> list[Event]:
-        """Events called at this record. One without a step, or with one that was seen before, is passed over."""
-        step = number(record.get("step")) if isinstance(record, Mapping) else None
-        if step is None or step <= self.last:
+        """Events called at this record. One without a step, or with one that was seen before, is passed over.
+
+        A collapse phase is called twice, when it begins and when it ends, with the same `step`.
+        """
+        assessment = self.assessor.add(record)
+        if assessment is None:
             return []
-        self.last = step
-        levels, minimum = self.signals.add(int(step), record), None
-        called: list[Event | None] = []
-        for key, valleys in self.valleys.items():
-            valley = valleys.add(levels[key]) if key in levels else None
-            if valley:
-                called.append(valley_event(VALLEYS[key], key, valley))
-                minimum = valley if key == "loss" else minimum
-            if key in self.drops and key in levels:
-                called.append(self.drops[key].add(levels[key]))
-                self.drops[key].armed |= valley is not None
-        called += [self.features.add(int(step), record), self.suspicions.add(int(step), record, levels, minimum)]
-        return sorted((event for event in called if event), key=lambda event: (event.step, event.kind))
+        self.assessment = assessment
+        called = [*self.shape.add(assessment.step, record), *self.assessor.events]
+        return sorted(called, key=lambda event: (event.step, event.kind))
+
+    @property
+    def skill(self) -> tuple[float | None, float]:
+        """The predictor's skill now, over the last tenth of the steps: (mean, its standard error)."""
+        return self.assessor.estimator.skill.mean, self.assessor.estimator.skill.error
+
+    def open_phase(self) -> list[Event]:
+        """The collapse phase that lasts, as it stands now; or nothing."""
+        return self.assessor.facts.unfinished(int(self.assessor.last)) if self.assessment else []

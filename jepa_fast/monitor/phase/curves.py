@@ -18,11 +18,28 @@ WINDOW = 0.1  # of the steps so far: the time a level is the median of
 
 @dataclass(frozen=True)
 class Event:
+    """Something that was decided about a run. The last five are None but for `collapse_phase` (docs/metrics.md)."""
+
     kind: str  # one of those in docs/metrics.md
     step: int  # when it happened
     called_at: int  # step of the record that decided it
-    confidence: float  # 0 to 1, see docs/metrics.md
+    confidence: float  # 0 to 1; of `collapse_suspected` and `escape_suspected` the probability of it
     evidence: tuple[str, ...]  # sentences with the numbers
+    end: int | None = None  # first useful step after the phase; None while it lasts
+    length: int | None = None  # steps up to `end`, or so far
+    share: float | None = None  # `length` over the steps of the run so far
+    depth: float | None = None  # how far the better encoder's probe fell below the untrained encoder's, 0 if never
+    loss_factor: float | None = None  # first loss over the lowest up to the end of the phase
+
+    def entry(self) -> dict[str, Any]:
+        """A line of events.jsonl, without `kind` and `step`."""
+        said: dict[str, Any] = {"called_at": self.called_at, "confidence": self.confidence}
+        if self.kind == PHASE:
+            said |= {name: getattr(self, name) for name in ("end", "length", "share", "depth", "loss_factor")}
+        return said | {"evidence": list(self.evidence)}
+
+
+PHASE = "collapse_phase"
 
 
 def number(value: Any) -> float | None:

@@ -1,17 +1,34 @@
-"""Events that state one fact about the shape of one curve: minima, escapes, late drops.
+"""Events that state one fact about the shape of one curve: minima, late drops.
 
 A change counts only if it exceeds both a fixed ratio and a multiple of the scatter between neighbouring records.
 """
 
 import math
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jepa_fast.monitor.phase.curves import WINDOW, Event, Level, confidence, margin, noise
+from jepa_fast.monitor.phase.curves import WINDOW, Event, Level, Smoother, confidence, margin, noise, positive
 
 FALL, RISE = math.log(1.25), math.log(1.3)  # smallest ratio into a valley, and out of it
 DROP = math.log(1.5)  # smallest sudden fall, within a tenth of the steps so far
 SIGMAS = 5.0  # and smallest change in standard deviations of its noise: a minimum of many is an extreme already
+
+
+class LossShape:
+    """`loss_minimum` and, after one, `late_drop`."""
+
+    def __init__(self) -> None:
+        self.smoother, self.valleys, self.drops = Smoother(), Valleys(), Drops("loss")
+
+    def add(self, step: int, record: dict[str, Any]) -> list[Event]:
+        loss = positive(record.get("loss"))
+        if loss is None:
+            return []
+        level = self.smoother.add(step, loss)
+        valley, drop = self.valleys.add(level), self.drops.add(level)
+        self.drops.armed |= valley is not None
+        minimum = [valley_event("loss_minimum", "loss", valley)] if valley else []
+        return minimum + ([drop] if drop else [])
 
 
 class Valley(NamedTuple):
@@ -61,7 +78,7 @@ class Valleys:
 
 
 def valley_event(kind: str, key: str, v: Valley) -> Event:
-    """A minimum is dated at the bottom, an escape at the rise."""
+    """Dated at the bottom."""
     high, low, now = (math.exp(level.log) for level in v[:3])
     scatter = noise(v.low, v.now, v.now)
     evidence = (
@@ -70,11 +87,11 @@ def valley_event(kind: str, key: str, v: Valley) -> Event:
         f"noise of that ratio {math.expm1(scatter):.1%}, {v.num_since} records since the minimum",
     )
     sure = confidence(min(v.high.log, v.now.log) - v.low.log, scatter, v.num_since)
-    return Event(kind, v.now.step if kind == "variance_escape" else v.low.step, v.now.called, sure, evidence)
+    return Event(kind, v.low.step, v.now.called, sure, evidence)
 
 
 class Drops:
-    """Sudden falls that last: by DROP within a tenth of the steps so far. Counted once `armed`, after the escape."""
+    """Sudden falls that last: by DROP within a tenth of the steps so far. Counted once `armed`, after a minimum."""
 
     def __init__(self, key: str) -> None:
         self.key, self.armed = key, False
@@ -111,7 +128,7 @@ class Drops:
         evidence = (
             f"smoothed {self.key} fell {high / low:.1f}x, from {high:.3g} at step {before.step} to {low:.3g} at step {now.step}",
             f"noise of that ratio {math.expm1(scatter):.1%}",
-            "after an escape such a fall can be a partial collapse; a drop of the learning rate looks the same",
+            "after a minimum and its rise such a fall can be a partial collapse; a drop of the learning rate looks the same",
         )
         sure = confidence(before.log - now.log, scatter, self.num_below)
         return Event("late_drop", self.fell, now.called, sure, evidence)
