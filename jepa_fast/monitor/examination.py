@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast.config import Monitor
-from jepa_fast.monitor import bound, content, discrepancy, probes, spectrum
+from jepa_fast.monitor import bound, discrepancy, probes, spectrum
+from jepa_fast.monitor.readout import description, readout
 
 FULL_INPUTS = 256  # inputs of the fixed set on which both encoders see everything
 LIDAR_INPUTS, JACOBIAN_INPUTS, LAYER_INPUTS = 128, 16, 16
@@ -34,7 +35,7 @@ class Examination:
     """Encoders are called as `encoder(inputs)` and give features [B, N, D] of every token.
 
     inputs: a fixed batch, as the encoders take it; the first 256 are compared under both encoders. probe_set: labelled
-    inputs; None: no probes, and spectra and content are of all `inputs`.
+    inputs; None: no probes, and spectra and readout are of all `inputs`.
     views: how an encoder sees inputs through the run's masks; None: equation 4, the bound and LiDAR stay unmeasured.
     config: periods and settings. everywhere: all processes take part, as sharded encoders need; else the first alone.
     """
@@ -56,9 +57,9 @@ class Examination:
         self.probe_set, self.views, self.config = probe_set, views, config or Monitor()
         self.device = device or next(context_encoder.parameters()).device
         self.inputs, self.everywhere, self.around = inputs[:FULL_INPUTS], everywhere, around
-        self.sample = inputs if probe_set is None else probe_set.train  # that features are pooled over
-        self.untrained: dict[str, float] = {}  # probe and content of the encoder as initialised, every curve's baseline
-        self._signature: Tensor | None = None
+        self.sample = inputs if probe_set is None else probe_set.train  # that spectra are taken over
+        self.untrained: dict[str, float] = {}  # probe and readout of the encoder as initialised, every curve's baseline
+        self._description: Tensor | None = None
         self._jacobian = bound.Jacobian()
         self._pooled: dict[str, Tensor] = {}  # of this look, as the next
         self._seen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
@@ -72,7 +73,7 @@ class Examination:
             "discrepancy": c.every,
             "probe": c.every,
             "spectrum": c.spectrum_every or c.every,
-            "content": c.spectrum_every or c.every,
+            "readout": c.spectrum_every or c.every,
             "lidar": c.lidar_every or c.every,
             "bound": c.bound_every or c.every,
         }
@@ -84,7 +85,7 @@ class Examination:
 
     def _look(self, step: int, everything: bool) -> dict[str, float]:
         measures = {"discrepancy": self._discrepancies, "probe": self._probes, "spectrum": self._spectra,
-                    "content": self._content, "lidar": self._lidar, "bound": self._bound}  # fmt: skip
+                    "readout": self._readouts, "lidar": self._lidar, "bound": self._bound}  # fmt: skip
         modes = {encoder: encoder.training for encoder in self.encoders.values()}
         record: dict[str, float] = {}
         try:
@@ -102,7 +103,7 @@ class Examination:
             for encoder, mode in modes.items():
                 encoder.train(mode)
         if not self.untrained:
-            held = {k: v for k, v in record.items() if k.startswith(("probe/context", "content/context"))}
+            held = {k: v for k, v in record.items() if k.startswith(("probe/context", "readout/context"))}
             self.untrained = {key.replace("context", "untrained", 1): value for key, value in held.items()}
         return record | {k: v for k, v in self.untrained.items() if k.replace("untrained", "context", 1) in record}
 
@@ -160,19 +161,28 @@ class Examination:
 
     # ---- what the features are worth, and how many directions they use --------------------------------
 
-    def _features(self, name: str) -> Tensor:
-        """Pooled features of the probe's training inputs, or of those given: [n, D]."""
-        if name not in self._pooled:
-            self._pooled[name] = probes.features(self.encoders[name], self.sample, self.device)
-        return self._pooled[name]
+    def _features(self, name: str, test: bool = False) -> Tensor:
+        """Pooled features of the probe's training or test inputs, or of those given: [n, D]."""
+        key = f"{name}/test" if test else name
+        if key not in self._pooled:
+            inputs = self.probe_set.test if test and self.probe_set is not None else self.sample
+            self._pooled[key] = probes.features(self.encoders[name], inputs, self.device)
+        return self._pooled[key]
+
+    def _all_features(self, name: str) -> Tensor:
+        """Of everything there is."""
+        return (
+            self._features(name)
+            if self.probe_set is None
+            else torch.cat([self._features(name), self._features(name, test=True)])
+        )
 
     def _probes(self) -> dict[str, float]:
         if self.probe_set is None:
             return {}
         record: dict[str, float] = {}
-        for name, encoder in self.encoders.items():
-            test = probes.features(encoder, self.probe_set.test, self.device)
-            scores = probes.score(self._features(name), test, self.probe_set, self.config)
+        for name in self.encoders:
+            scores = probes.score(self._features(name), self._features(name, test=True), self.probe_set, self.config)
             record |= {f"probe/{name}{protocol}": value for protocol, value in scores.items()}
         return record | {"probe/majority": self.probe_set.majority, "probe/num_test": len(self.probe_set.test)}
 
@@ -186,14 +196,15 @@ class Examination:
             record[f"alpha_req{suffix}"] = spectrum.alpha_req(z)
         return record
 
-    def _content(self) -> dict[str, float]:
-        """What both encoders' features tell of the inputs' spectra."""
-        if self._signature is None:
-            self._signature = content.signature(self.sample)
-        if self._signature is None:
+    def _readouts(self) -> dict[str, float]:
+        """How much of a description of the inputs can be read from both encoders' features, without labels."""
+        inputs = [self.sample] if self.probe_set is None else [self.sample, self.probe_set.test]
+        if self._description is None:
+            self._description = description(torch.cat(inputs))
+        if self._description is None:
             return {}
-        names = {"content": "target", "content/context": "context"}
-        return {key: content.content(self._features(name), self._signature) for key, name in names.items()}
+        names = {"readout": "target", "readout/context": "context"}
+        return {key: readout(self._all_features(name), self._description) for key, name in names.items()}
 
     def _lidar(self) -> dict[str, float]:
         """Views are masks of the same input, pooled over the visible tokens."""

@@ -116,7 +116,9 @@ class Assessor:
             begun = self._since["collapse"]
             if begun and begun[0] < step:
                 self._suspected = True
-                called.append(Event("collapse_suspected", max(begun[0], self.facts.loss.at), step, round(1 - p, 3), estimate.said))
+                called.append(
+                    Event("collapse_suspected", max(begun[0], self.facts.loss.at), step, round(1 - p, 3), estimate.said)
+                )
         if not self._escaped:
             self._since["escape"] = (self._since["escape"] or (step, p)) if p >= USEFUL else None
             begun = self._since["escape"]

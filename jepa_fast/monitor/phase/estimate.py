@@ -5,28 +5,26 @@ real runs and writes that file, README.md there says how well it does on data se
 lacks decides which of several models is used (`TIERS`); a log with a loss alone gets none.
 """
 
-import json
 import math
 from collections import deque
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from jepa_fast.monitor.phase.curves import number, positive
-
 Record = dict[str, Any]
+LEAST_SKILL = -1.0  # a predictor far worse than a constant is as good as one that is twice as bad
 WINDOW, FEWEST = 0.1, 6  # share of the steps so far, and records, that a signal of single batches is averaged over
 ENCODERS = ("context", "target")
-# Each tier: the signals that it needs. The first whose signals are all there is used.
+SUFFIX = {"context": "/context", "target": ""}  # of the keys of a record
+# The models, best first, and the signals each needs: the first whose signals are all there is used.
 TIERS: dict[str, tuple[str, ...]] = {
-    "readout": ("skill", "readout", "rankme"),
+    "readout": ("readout", "untrained", "skill", "rankme"),
+    "readout alone": ("readout", "untrained"),
     "spectrum": ("skill", "rankme"),
     "skill": ("skill",),
 }
 
 
 class Estimate(NamedTuple):
-    context: float | None
+    context: float | None  # probability that this encoder is useful now; None where nothing can be said
     target: float | None
     looked: bool  # whether this record has news of the features (or, without looks, of the predictor)
     facts: tuple[str, ...]  # of the predictor and the targets
@@ -64,5 +62,120 @@ class Smoothed:
         values = [v for _, v in self.held]
         if len(values) < 2:
             return math.inf
-        variance = sum((b - a) ** 2 for a, b in zip(values, values[1:], strict=False)) / (2 * (len(values) - 1))
+        variance = sum((b - a) ** 2 for a, b in pairwise(values)) / (2 * (len(values) - 1))
         return math.sqrt(variance / len(values))
+
+
+class Signals:
+    """Scale-free signals, as known after each record."""
+
+    def __init__(self) -> None:
+        self.skill, self.share = Smoothed(), Smoothed()
+        self.start: dict[str, float] = {}  # first values
+        self.now: dict[str, float] = {}  # newest values
+        self.looked = False
+
+    def add(self, step: int, record: Record) -> None:
+        self.looked = False
+        skill, loss, share = (number(record.get(key)) for key in ("skill", "loss", "position_share"))
+        if skill is not None:
+            self.skill.add(step, max(LEAST_SKILL, skill))
+        if share is not None:
+            self.share.add(step, share)
+        if (untrained := number(record.get("readout/untrained"))) is not None:
+            self.now["readout/untrained"] = untrained
+        held = {key: positive(record.get(key)) for key in ("spread", "rankme", "rankme/context")}
+        held |= {key: number(record.get(key)) for key in ("readout", "readout/context")}
+        held["constant"] = loss / (1 - skill) if loss is not None and skill is not None and skill < 1 else None
+        for key, value in {**held, "loss": loss}.items():
+            if value is not None:
+                self.start.setdefault(key, value)
+                self.now[key] = value
+                self.looked |= key.startswith(("readout", "rankme"))
+
+    def of(self, encoder: str) -> dict[str, float | None]:
+        """The signals by name; None where the log lacks one."""
+        suffix = SUFFIX[encoder]
+        untrained, now = self.now.get("readout/untrained"), self.now.get(f"readout{suffix}")
+        return {
+            "readout": _z(now) - _z(untrained) if now is not None and untrained is not None else None,
+            "untrained": _z(untrained) if untrained is not None else None,
+            "skill": self.skill.mean,
+            "rankme": self._change(f"rankme{suffix}"),
+        }
+
+    def _change(self, key: str) -> float | None:
+        """Log ratio of now to the start, at most a factor of 20."""
+        if key not in self.now or not self.start[key] > 0 or not self.now[key] > 0:
+            return None
+        return max(-3.0, min(3.0, math.log(self.now[key] / self.start[key])))
+
+    def facts(self) -> tuple[str, ...]:
+        """What the predictor and the targets do, where it says something. No estimate."""
+        said = []
+        skill, error = self.skill.mean, self.skill.error
+        if skill is not None and skill - 2 * error <= 0:
+            what = "worse than" if skill + 2 * error < 0 else "no better than"
+            said.append(f"the predictor is {what} the best trivial one (skill {skill:.2f} +- {2 * error:.2f})")
+        elif skill is not None:
+            said.append(f"the predictor is better than every trivial one (skill {skill:.2f} +- {2 * error:.2f})")
+        spread, loss, constant = (self._change(key) for key in ("spread", "loss", "constant"))
+        if spread is not None and spread < -math.log(1.5):
+            said.append(f"the targets shrink: they vary {math.exp(-spread):.1f}x less between inputs than at the start")
+        if loss is not None and constant is not None and loss < -math.log(2) and constant < 0.8 * loss:
+            said.append(f"the loss fell {math.exp(-loss):.1f}x, that of the best constant {math.exp(-constant):.1f}x: the targets became easier")
+        return tuple(said)
+
+
+def _z(correlation: float) -> float:
+    """Fisher's transform: equal steps are about equally hard anywhere."""
+    return math.atanh(max(0.0, min(0.999, correlation)))
+
+
+class Estimator:
+    """Takes one record after the other; the probabilities of both encoders after each."""
+
+    def __init__(self) -> None:
+        self.signals = Signals()
+
+    @property
+    def skill(self) -> Smoothed:
+        return self.signals.skill
+
+    def add(self, step: int, record: Record) -> Estimate:
+        self.signals.add(step, record)
+        found = {name: self.signals.of(name) for name in ENCODERS}
+        tiers = {name: tier_of(signals) for name, signals in found.items()}
+        p = {name: probability(tier, found[name]) if tier else None for name, tier in tiers.items()}
+        if set(tiers.values()) == {"skill"}:
+            p["target"] = None  # one signal, of the pair: it says nothing of one encoder rather than the other
+        only_skill = all(tier in (None, "skill") for tier in tiers.values())
+        looked = self.signals.looked or (only_skill and "skill" in record)
+        reasons = tuple(_reason(name, p[name], found[name], self.signals) for name in ENCODERS if p[name] is not None)
+        return Estimate(p["context"], p["target"], looked, self.signals.facts(), reasons)
+
+
+def tier_of(signals: dict[str, float | None]) -> str | None:
+    return next((tier for tier, needs in TIERS.items() if all(signals[name] is not None for name in needs)), None)
+
+
+def probability(tier: str, signals: dict[str, float | None]) -> float:
+    """Of the logistic model `tier`, rounded to a thousandth."""
+    model = weights()[tier]
+    x = model["bias"] + sum(model[name] * (signals[name] or 0.0) for name in TIERS[tier])
+    return round(1 / (1 + math.exp(-max(-30.0, min(30.0, x)))), 3)
+
+
+@cache
+def weights() -> dict[str, dict[str, float]]:
+    return json.loads((Path(__file__).parent / "weights.json").read_text())
+
+
+def _reason(name: str, p: float | None, signals: dict[str, float | None], held: Signals) -> str:
+    said = f"{name} encoder useful with probability {p:.2f}"
+    now, untrained = held.now.get(f"readout{SUFFIX[name]}"), held.now.get("readout/untrained")
+    if signals["readout"] is not None and now is not None and untrained is not None:
+        said += f": its features tell of the inputs {now:.3f}, the untrained encoder's {untrained:.3f} (correlation)"
+    elif signals["rankme"] is not None:
+        said += f": RankMe {math.exp(signals['rankme']):.2f}x of its start"
+    return said

@@ -121,7 +121,9 @@ class Facts:
         if len(self.row) < LOOKS:
             return []
         first, self.useful, self.row = self.row[0], look.useful, []
-        event = Event("useful" if look.useful else "degraded", first.step, look.step, _sure(first, look), _said(first, look))
+        event = Event(
+            "useful" if look.useful else "degraded", first.step, look.step, _sure(first, look), _said(first, look)
+        )
         if not look.useful or self.over:
             return [event]
         self.over = True
