@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.harness import Bench, arguments
 from jepa_fast.config import Masks
-from jepa_fast.data.masks import sample_masks
+from jepa_fast.masks.sample import sample_masks
 from jepa_fast.model import attention
 from jepa_fast.model.attention import Sequences, attend
 

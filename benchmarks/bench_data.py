@@ -30,12 +30,13 @@ from PIL import Image
 
 from benchmarks.harness import Bench, Case, arguments
 from jepa_fast.config import Config, replace
-from jepa_fast.data import images
 from jepa_fast.data.dataset import open_dataset
-from jepa_fast.data.index import _scan
-from jepa_fast.data.loader import Loader
-from jepa_fast.data.order import Order, augmentation
-from jepa_fast.data.writing import write_shards
+from jepa_fast.data.loading.loader import Loader
+from jepa_fast.data.loading.order import Order
+from jepa_fast.data.random import augmentation
+from jepa_fast.data.readers import images
+from jepa_fast.data.shards.index import _scan
+from jepa_fast.data.shards.writer import write_shards
 from jepa_fast.presets import preset
 
 SIZE, SCALE, BATCH = 224, (0.3, 1.0), 32

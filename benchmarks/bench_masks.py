@@ -16,9 +16,9 @@ import numpy as np
 
 from benchmarks.harness import Bench, arguments
 from jepa_fast.config import Masks
-from jepa_fast.data.extension import extension
-from jepa_fast.data.masks import MaskBatch, sample_masks
-from jepa_fast.data.masks_reference import BLOCKLESS, MODES
+from jepa_fast.extension import extension
+from jepa_fast.masks.reference import BLOCKLESS, MODES
+from jepa_fast.masks.sample import MaskBatch, sample_masks
 
 GRIDS = {"14x14": (14, 14), "16x16": (16, 16)}
 

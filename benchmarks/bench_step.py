@@ -32,10 +32,10 @@ from benchmarks.harness import Bench, Case, arguments, matmul_rate, peak_memory
 from benchmarks.our_step import OurStep
 from benchmarks.peer_step import PeerStep
 from jepa_fast.config import Config, check, replace
-from jepa_fast.data.embedded import texture
-from jepa_fast.data.masks import sample_masks
-from jepa_fast.data.packing import plan
+from jepa_fast.data.readers.generated import texture
 from jepa_fast.flops import step_flops
+from jepa_fast.masks.packing import plan
+from jepa_fast.masks.sample import sample_masks
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.presets import preset
 

@@ -27,10 +27,10 @@ from PIL import Image
 
 from benchmarks.harness import Bench, arguments
 from benchmarks.machine import ROOT
-from jepa_fast.data.finding import find
-from jepa_fast.data.order import Order
-from jepa_fast.data.shards import Shards
-from jepa_fast.data.writing import write_info
+from jepa_fast.data.loading.order import Order
+from jepa_fast.data.shards.paths import find
+from jepa_fast.data.shards.reader import Shards
+from jepa_fast.data.shards.writer import write_info
 
 BATCH, WINDOW, READS = 2048, 16384, 4096
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from jepa_fast import optim, parallel
 from jepa_fast.config import Config, replace
-from jepa_fast.data.masks import sample_masks
-from jepa_fast.data.packing import ladder, plan
 from jepa_fast.ema import TargetEMA
+from jepa_fast.masks.ladder import ladder
+from jepa_fast.masks.packing import plan
+from jepa_fast.masks.sample import sample_masks
 from jepa_fast.model.compile import compiles
 from jepa_fast.model.jepa import Output
 from jepa_fast.parallel import World

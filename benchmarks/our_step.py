@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from jepa_fast import optim
 from jepa_fast.config import Config, replace
-from jepa_fast.data.masks import MaskBatch
-from jepa_fast.data.packing import MaskPlan, ladder, plan
 from jepa_fast.ema import TargetEMA
+from jepa_fast.masks.ladder import ladder
+from jepa_fast.masks.packing import MaskPlan, plan
+from jepa_fast.masks.sample import MaskBatch
 from jepa_fast.model.attention import choose_backend
 from jepa_fast.model.compile import compile_blocks
 from jepa_fast.model.jepa import JEPA

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast.config import Config
-from jepa_fast.data.masks import MaskBatch
 from jepa_fast.interop import save_official
+from jepa_fast.masks.sample import MaskBatch
 from jepa_fast.model.jepa import JEPA
 
 

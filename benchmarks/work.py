@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from jepa_fast.config import Config, replace
-from jepa_fast.data.masks import MaskBatch, sample_masks
-from jepa_fast.data.packing import plan
 from jepa_fast.flops import step_flops
+from jepa_fast.masks.packing import plan
+from jepa_fast.masks.sample import MaskBatch, sample_masks
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.presets import preset
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from jepa_fast import config as configuration
 from jepa_fast.config import Config, Data, Model
 from jepa_fast.data.dataset import open_dataset
-from jepa_fast.data.shards import BadSample
-from jepa_fast.data.sources import Source, evaluated
+from jepa_fast.data.sample import BadSample, Source
+from jepa_fast.data.sources import evaluated
 from jepa_fast.errors import UsageError
 from jepa_fast.interop import Pretrained, load_encoder
 from jepa_fast.model.jepa import initialise

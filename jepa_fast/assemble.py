@@ -11,29 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast import checkpoint, log, optim, parallel, rundir, schedules, survive
+from jepa_fast import checkpoint, log, optim, parallel, preemption, rundir, schedules
 from jepa_fast.clock import Clock
 from jepa_fast.config import Config, check, get, replace
-from jepa_fast.data import packing
 from jepa_fast.data.dataset import Dataset, open_dataset
-from jepa_fast.data.loader import Loader
-from jepa_fast.data.masks import check_masks
-from jepa_fast.data.parts import changes
+from jepa_fast.data.loading.loader import Loader
+from jepa_fast.data.opened import changes
 from jepa_fast.data.sources import fixed_draw
 from jepa_fast.ema import TargetEMA
 from jepa_fast.errors import UsageError
 from jepa_fast.interop import initial_weights
 from jepa_fast.log import Progress
+from jepa_fast.masks.ladder import ladder
+from jepa_fast.masks.sample import check_masks
 from jepa_fast.model.attention import choose_backend
 from jepa_fast.model.compile import compiles, num_graphs, warm_up
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import FULL_INPUTS, CollapseMonitor, Examination, probes
-from jepa_fast.monitor.views import FixedMasks
+from jepa_fast.monitor.fixed_masks import FixedMasks
 from jepa_fast.parallel import Choice, World
 from jepa_fast.run import Run, tell_of_data, tensors
 
 
-def set_up(config: Config, resume: str, world: World, stop: survive.Preemption) -> Run:
+def set_up(config: Config, resume: str, world: World, stop: preemption.Preemption) -> Run:
     """Everything that can refuse does so before the run folder is touched. Raises UsageError."""
     with parallel.lead(world):
         for step in (0, 1):  # both ends of a schedule
@@ -65,7 +65,7 @@ def set_up(config: Config, resume: str, world: World, stop: survive.Preemption) 
     jepa.target_encoder.encode = clock.timed("target", jepa.target_encoder.encode)  # type: ignore[method-assign]
     buckets = None
     if compiles(config, world.device):
-        buckets = packing.ladder(config, _forwarded(config, world))
+        buckets = ladder(config, _forwarded(config, world))
         if world.is_main:
             counts = f"{len(buckets.context)} context and {len(buckets.predictor)} predictor"
             print(

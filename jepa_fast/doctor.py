@@ -19,10 +19,10 @@ import torch.distributed as dist
 from fused_ema import available_backends, ema_update_
 from jepa_fast import __version__, cli, cores
 from jepa_fast.config import Masks
-from jepa_fast.data import masks
-from jepa_fast.data.extension import extension
-from jepa_fast.data.packing import plan
 from jepa_fast.errors import Arguments, one_line_errors
+from jepa_fast.extension import extension
+from jepa_fast.masks.packing import plan
+from jepa_fast.masks.sample import sample_masks
 from jepa_fast.model.attention import choose_backend
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.presets import preset
@@ -210,9 +210,7 @@ def _test_masks() -> tuple[bool, str]:
     numbers = np.arange(64)
     for mode in ("reference", "fixed", "subsampled", "packed"):
         drawn = [
-            masks.sample_masks(
-                Masks(mode=mode, group=32), (14, 14), 0, 3, np.zeros_like(numbers), numbers, backend=backend
-            )
+            sample_masks(Masks(mode=mode, group=32), (14, 14), 0, 3, np.zeros_like(numbers), numbers, backend=backend)
             for backend in ("cpp", "python")
         ]
         if not (
@@ -245,7 +243,7 @@ def _test_step(device: torch.device) -> tuple[bool, str]:
     torch.manual_seed(0)
     config = preset("textures")
     jepa, numbers = JEPA(config).to(device), np.arange(8)
-    drawn = masks.sample_masks(config.masks, config.grid, 0, 0, np.zeros_like(numbers), numbers)
+    drawn = sample_masks(config.masks, config.grid, 0, 0, np.zeros_like(numbers), numbers)
     loss = jepa(torch.rand(8, 1, 48, 48, device=device), plan(drawn, config.num_tokens).to(device)).loss
     loss.backward()
     bad = [

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from jepa_fast.config import Config, check, replace
-from jepa_fast.data import packing
-from jepa_fast.data.masks import sample_masks
-from jepa_fast.data.packing import MaskPlan
 from jepa_fast.errors import UsageError, one_line_errors
+from jepa_fast.masks import packing
+from jepa_fast.masks.packing import MaskPlan
+from jepa_fast.masks.sample import sample_masks
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.presets import preset
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from jepa_fast import checkpoint, rundir
 from jepa_fast.config import Config, replace
 from jepa_fast.data.dataset import open_dataset
-from jepa_fast.data.shards import BadSample
-from jepa_fast.data.sources import Source, evaluated
+from jepa_fast.data.sample import BadSample, Source
+from jepa_fast.data.sources import evaluated
 from jepa_fast.errors import UsageError, one_line_errors
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import probes

@@ -10,17 +10,17 @@ from typing import IO
 import torch
 from torch import Tensor, nn
 
-from jepa_fast import checkpoint, optim, parallel, report, schedules, survive
+from jepa_fast import checkpoint, optim, parallel, preemption, report, schedules
 from jepa_fast.clock import Clock
 from jepa_fast.config import Config, to_json
 from jepa_fast.data.dataset import Dataset
-from jepa_fast.data.loader import Loader
-from jepa_fast.data.masks_reference import BLOCKLESS
-from jepa_fast.data.packing import MaskPlan
-from jepa_fast.data.sources import Bad
+from jepa_fast.data.loading.loader import Loader
+from jepa_fast.data.sample import Bad
 from jepa_fast.ema import TargetEMA
 from jepa_fast.errors import UsageError
 from jepa_fast.log import Progress, RunLog
+from jepa_fast.masks.packing import MaskPlan
+from jepa_fast.masks.reference import BLOCKLESS
 from jepa_fast.model.jepa import JEPA, Output
 from jepa_fast.monitor import CollapseMonitor, sentence
 from jepa_fast.parallel import Choice, World
@@ -45,7 +45,7 @@ class Run:
     monitor: CollapseMonitor
     loader: Loader
     clock: Clock
-    stop: survive.Preemption
+    stop: preemption.Preemption
     writer: checkpoint.Writer
     progress: Progress
     lock: IO[str] | None  # of the folder, on the main process
@@ -160,13 +160,13 @@ def stop_here(run: Run, number: int, step: int) -> None:
     if run.log:
         run.log.event("preempted", step, signal=number)
     parallel.barrier(run.world)
-    raise survive.farewell(number, step, run.folder)
+    raise preemption.farewell(number, step, run.folder)
 
 
 @contextmanager
 def watched(run: Run) -> Iterator[None]:
     """Around the loop: a watchdog; threads and files closed however it ends; errors noted, each process its own."""
-    dog = survive.Watchdog(run.world, run.clock, 0.8 * run.config.parallel.timeout)
+    dog = preemption.Watchdog(run.world, run.clock, 0.8 * run.config.parallel.timeout)
     try:
         yield
         run.writer.finish()
@@ -174,8 +174,8 @@ def watched(run: Run) -> Iterator[None]:
         with suppress(UsageError):  # what ended the run may be among them
             tell_of_data(run, run.clock.step, run.loader.bad)
         if not isinstance(error, UsageError):
-            survive.note_error(run.folder, run.world, run.clock, error)
-        survive.end_if_alone(error, run.world, f"{run.clock.phase_now} of step {run.clock.step}")
+            preemption.note_error(run.folder, run.world, run.clock, error)
+        preemption.end_if_alone(error, run.world, f"{run.clock.phase_now} of step {run.clock.step}")
         raise
     finally:
         dog.close()

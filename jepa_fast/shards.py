@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from jepa_fast.data import inspection
-from jepa_fast.data.convert import Options, convert
-from jepa_fast.data.materials import material
+from jepa_fast.data.convert import verify
+from jepa_fast.data.convert.inputs import material
+from jepa_fast.data.convert.to_shards import Options, convert
 from jepa_fast.errors import UsageError, one_line_errors
 
 USAGE = """usage: python -m jepa_fast.shards SOURCE FOLDER [options]     make shards
@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     args = _parse(argv)
     if args.stats:
-        for split, held in inspection.open_splits(args.stats).items():
-            print(f"{split}: " + f"\n{split}: ".join(inspection.stats(held)))
+        for split, held in verify.open_splits(args.stats).items():
+            print(f"{split}: " + f"\n{split}: ".join(verify.stats(held)))
         return 0
     return _verify(args) if args.verify else _make(args)
 
@@ -104,11 +104,9 @@ def _make(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     bad = 0
-    for split, held in inspection.open_splits(args.verify).items():
+    for split, held in verify.open_splits(args.verify).items():
         fatal = others = 0
-        for trouble in inspection.verify(
-            held, args.workers, lambda done, of: _show(f"{done}/{of} samples", done == of)
-        ):
+        for trouble in verify.verify(held, args.workers, lambda done, of: _show(f"{done}/{of} samples", done == of)):
             print(f"{'bad' if trouble.fatal else 'note'}: {trouble.where}: {trouble.what}")
             fatal, others = fatal + trouble.fatal, others + (not trouble.fatal)
         print(f"{split}: {len(held):,} samples in {len(held.files)} shards read; {fatal} bad, {others} notes")

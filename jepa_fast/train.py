@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from jepa_fast import cli, optim, parallel, schedules, survive
+from jepa_fast import cli, optim, parallel, preemption, schedules
 from jepa_fast.assemble import set_up
 from jepa_fast.errors import one_line_errors
 from jepa_fast.flops import step_flops
@@ -91,16 +91,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     world = parallel.join(command.config)
     try:
-        with survive.Preemption(world) as stop:
-            with survive.in_company(world):
+        with preemption.Preemption(world) as stop:
+            with preemption.in_company(world):
                 run = set_up(command.config, command.resume, world, stop)
             with watched(run):
                 train(run)
             close(run)
-    except survive.Preempted as stopped:
+    except preemption.Preempted as stopped:
         if world.is_main:
             print(f"\n{stopped}", flush=True)
-        return survive.PREEMPTED
+        return preemption.PREEMPTED
     finally:
         parallel.leave()
     return 0

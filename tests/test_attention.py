@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from jepa_fast.config import replace
-from jepa_fast.data.masks import sample_masks
-from jepa_fast.data.packing import Ladder, plan
+from jepa_fast.masks.ladder import Ladder
+from jepa_fast.masks.packing import plan
+from jepa_fast.masks.sample import sample_masks
 from jepa_fast.model import attention, predictor, vit
 from jepa_fast.model.attention import Sequences, attend
 from jepa_fast.model.jepa import JEPA

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_fast import run, train
 from jepa_fast.clock import Clock, HostSyncs
-from jepa_fast.data.batch import HostBatch
+from jepa_fast.data.loading.batch import HostBatch
 from jepa_fast.model.attention import Sequences
 from jepa_fast.parallel import World
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_ema import FusedEMA
-from jepa_fast.data.masks import sample_masks
-from jepa_fast.data.packing import plan
 from jepa_fast.log import read
+from jepa_fast.masks.packing import plan
+from jepa_fast.masks.sample import sample_masks
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import CollapseMonitor, Examination
 from jepa_fast.presets import preset

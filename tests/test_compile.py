@@ -9,15 +9,16 @@ import torch
 
 from jepa_fast import parallel, schedules
 from jepa_fast.config import check, replace
-from jepa_fast.data.masks import sample_masks
-from jepa_fast.data.packing import Ladder, ladder, plan
 from jepa_fast.errors import UsageError
+from jepa_fast.masks.ladder import Ladder, ladder
+from jepa_fast.masks.packing import plan
+from jepa_fast.masks.sample import sample_masks
 from jepa_fast.model import compile
 from jepa_fast.model.attention import Sequences
 from jepa_fast.model.compile import compile_blocks, compiles, num_graphs, warm_up
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import Examination
-from jepa_fast.monitor.views import FixedMasks
+from jepa_fast.monitor.fixed_masks import FixedMasks
 from jepa_fast.presets import preset
 
 RUNGS = Ladder((260, 504), (1300, 2496), 63, 78, 15)

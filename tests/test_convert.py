@@ -14,10 +14,10 @@ from PIL import Image
 
 from jepa_fast import shards as verb
 from jepa_fast.config import replace
-from jepa_fast.data import convert as converting
-from jepa_fast.data import finding
+from jepa_fast.data.convert import to_shards as converting
 from jepa_fast.data.dataset import open_dataset
-from jepa_fast.data.shards import Shards
+from jepa_fast.data.shards import paths
+from jepa_fast.data.shards.reader import Shards
 from jepa_fast.presets import preset
 
 
@@ -41,7 +41,7 @@ def images(tmp_path):
 def read(folder):
     """{split: {payload: label}} of shards."""
     found = {}
-    for split, part in finding.find(str(folder)).items():
+    for split, part in paths.find(str(folder)).items():
         if part.files:
             held = Shards(part.files, part.lengths)
             assert not held.lost

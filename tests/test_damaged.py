@@ -10,9 +10,9 @@ from PIL import Image
 from test_images import encoded, photograph, png_of
 
 from jepa_fast import train
-from jepa_fast.data import inspection
-from jepa_fast.data.shards import Shards
-from jepa_fast.data.writing import write_shards
+from jepa_fast.data.convert import verify
+from jepa_fast.data.shards.reader import Shards
+from jepa_fast.data.shards.writer import write_shards
 from jepa_fast.log import read
 
 IMAGES = ["--data.image_size", "32", "--model.patch", "8", "--masks.min_keep", "1"]
@@ -238,15 +238,13 @@ def test_series_of_another_shape_in_shards_are_left_out(tmp_path, monkeypatch, k
 
 
 def inspected(folder):
-    return [
-        t for held in inspection.open_splits(str(folder)).values() for t in inspection.verify(held, 1, lambda *_: None)
-    ]
+    return [t for held in verify.open_splits(str(folder)).values() for t in verify.verify(held, 1, lambda *_: None)]
 
 
 def test_series_with_gaps_are_left_out_and_do_not_spoil_the_rest(tmp_path):
     from jepa_fast.config import replace
     from jepa_fast.data.dataset import open_dataset
-    from jepa_fast.data.loader import Loader
+    from jepa_fast.data.loading.loader import Loader
     from jepa_fast.presets import preset
 
     rng = np.random.default_rng(0)

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from jepa_fast.config import check, replace
-from jepa_fast.data import embedded
 from jepa_fast.data.dataset import open_dataset
-from jepa_fast.data.shards import BadSample
+from jepa_fast.data.readers import generated
+from jepa_fast.data.sample import BadSample
+from jepa_fast.data.shards.writer import write_shards
 from jepa_fast.data.sources import fixed_draw
-from jepa_fast.data.writing import write_shards
 from jepa_fast.errors import UsageError
 from jepa_fast.presets import PRESETS, preset
 
@@ -170,7 +170,7 @@ def test_textures_differ_by_the_radius_of_their_spectrum_only():
     rng = np.random.default_rng(0)
     radius = np.hypot(np.fft.fftfreq(48)[:, None], np.fft.fftfreq(48)[None, :])
     for label in range(4):
-        fields = np.stack([embedded.texture(label, 48, rng) for _ in range(40)])
+        fields = np.stack([generated.texture(label, 48, rng) for _ in range(40)])
         np.testing.assert_allclose(fields.std((1, 2)), 1)
         power = (np.abs(np.fft.fft2(fields)) ** 2).mean(0)
         ring = [power[abs(radius - r) < 0.012].mean() for r in (0.08, 0.11, 0.14, 0.17)]
@@ -191,7 +191,7 @@ def test_unreadable_samples_are_left_out_of_the_probe(tmp_path):
 def test_the_large_textures_are_colour_jpegs_whose_spectrum_tells_their_class():
     fy, fx = np.fft.fftfreq(256)[:, None], np.fft.fftfreq(256)[None]
     radius, right = np.hypot(fy, fx), []
-    for sample in itertools.islice(embedded._textures224()["test"], 40):
+    for sample in itertools.islice(generated._textures224()["test"], 40):
         image = Image.open(io.BytesIO(sample["jpg"]))
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (256, 256))
         planes = np.asarray(image).astype(float)
@@ -218,7 +218,7 @@ def test_data_of_the_other_kind_are_pointed_to_the_right_preset(tmp_path):
     with pytest.raises(UsageError, match=r"jepa_fast.train series --data.path"):
         open_dataset(small_images(tmp_path / "x.tsv"))
     with pytest.raises(UsageError, match=r"jepa_fast.train series --data.path"):
-        open_dataset(small_images(embedded.shards_of("sensor")[0]))
+        open_dataset(small_images(generated.shards_of("sensor")[0]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="holds no image"):
         open_dataset(small_images(tmp_path / "empty"))
@@ -299,7 +299,7 @@ def test_a_link_that_leads_nowhere_is_a_bad_sample(tmp_path):
 
 
 def test_what_changed_is_named_by_class_folder(tmp_path):
-    from jepa_fast.data.parts import changes
+    from jepa_fast.data.opened import changes
 
     write_images(tmp_path / "cats", 3)
     write_images(tmp_path / "dogs", 3, start=9)

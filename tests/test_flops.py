@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_fast import flops
 from jepa_fast.config import replace
-from jepa_fast.data.masks import sample_masks
-from jepa_fast.data.packing import plan
 from jepa_fast.flops import Flops, predicted_rate, state_bytes, step_flops
+from jepa_fast.masks.packing import plan
+from jepa_fast.masks.sample import sample_masks
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.presets import preset
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from benchmarks.imagenet_scale import generate, measure, processes
-from jepa_fast.data import images
-from jepa_fast.data.finding import find
-from jepa_fast.data.order import Order
-from jepa_fast.data.shards import Shards
+from jepa_fast.data.loading.order import Order
+from jepa_fast.data.readers import images
+from jepa_fast.data.shards.paths import find
+from jepa_fast.data.shards.reader import Shards
 
 
 def test_the_shards_are_what_tarfile_reads(tmp_path):

@@ -11,10 +11,10 @@ import PIL
 import pytest
 from PIL import Image
 
-from jepa_fast.data import images
-from jepa_fast.data.extension import extension
-from jepa_fast.data.images import center_crop, decode, random_resized_crop, resize, resize_by_pillow
-from jepa_fast.data.shards import BadSample
+from jepa_fast.data.readers import images
+from jepa_fast.data.readers.images import center_crop, decode, random_resized_crop, resize, resize_by_pillow
+from jepa_fast.data.sample import BadSample
+from jepa_fast.extension import extension
 
 
 def gradient(height, width):
@@ -256,7 +256,7 @@ def test_an_image_of_the_right_size_is_left_alone():
 UNLOCKED = """
 import sys, threading
 import numpy as np
-from jepa_fast.data import images
+from jepa_fast.data.readers import images
 
 pixels, kind = np.zeros((40, 40, 3), np.uint8), np.dtype("uint8")
 def resize():

@@ -5,10 +5,10 @@ import tarfile
 
 import pytest
 
-from jepa_fast.data import index as indexing
-from jepa_fast.data.grouping import NO_LABEL
-from jepa_fast.data.index import index
-from jepa_fast.data.shards import Shards
+from jepa_fast.data.shards import index as indexing
+from jepa_fast.data.shards.index import index
+from jepa_fast.data.shards.reader import Shards
+from jepa_fast.data.shards.samples import NO_LABEL
 from jepa_fast.errors import UsageError
 
 

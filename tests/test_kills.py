@@ -11,9 +11,9 @@ import numpy as np
 
 from jepa_fast.config import replace
 from jepa_fast.data.dataset import open_dataset
-from jepa_fast.data.loader import Loader
-from jepa_fast.data.order import Order
-from jepa_fast.data.shards import write_shards
+from jepa_fast.data.loading.loader import Loader
+from jepa_fast.data.loading.order import Order
+from jepa_fast.data.shards.writer import write_shards
 from jepa_fast.presets import preset
 
 STEPS, BATCH, SAMPLES = 60, 16, 137

@@ -6,15 +6,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# The path of the data. A module may import those of its own line and of the lines above it.
+# The path of the data. A module may import those of its own line and of the lines above it. The longest name counts:
+# `data.shards` is a line of its own, `data` stands for what lies in the folder itself.
 STAGES = [
-    {"errors", "cores", "__version__"},
+    {"errors", "cores", "extension", "__version__"},
     {"config"},
     {"presets", "schedules", "log", "checkpoint"},
-    {"data"},
+    {"masks"},
+    {"data.sample", "data.cache", "data.random"},
+    {"data.sources", "data.opened", "data.shards"},
+    {"data.readers"},
+    {"data.loading", "data.convert", "data.dataset"},
+    {"masks.report"},
+    {"data.masks", "masks.__main__"},
     {"model"},
     {"parallel", "optim", "ema", "clock", "perturb", "interop", "flops"},
-    {"survive", "profiling"},
+    {"preemption", "profiling"},
     {"monitor"},
     {"rundir"},
     {"cli", "report"},
@@ -38,25 +45,50 @@ def imports(file):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
-            if node.module == "jepa_fast":
-                yield from (f"jepa_fast.{alias.name}" for alias in node.names)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def stage(name):
+    """The longest entry of STAGES that a dotted name lies in; None outside the package."""
     parts = name.split(".")
-    return parts[1] if parts[0] == "jepa_fast" and len(parts) > 1 else None
+    if parts[0] != "jepa_fast" or len(parts) == 1:
+        return None
+    return next((part for n in range(len(parts), 1, -1) if (part := ".".join(parts[1:n])) in LEVEL), None)
 
 
 @pytest.mark.parametrize("file", modules("jepa_fast"), ids=lambda f: str(f.relative_to(ROOT)))
 def test_a_stage_imports_no_later_stage_and_nobody_a_program(file):
-    own = file.relative_to(ROOT / "jepa_fast").parts[0].removesuffix(".py")
-    if own == "__init__":
+    dotted = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    if dotted in ("jepa_fast.__init__", "jepa_fast.data.__init__"):
         return
+    own = stage(dotted)
+    assert own, f"{dotted} is in no line of STAGES"
     for name in imports(file):
         other = stage(name)
         if other and other != own:
             assert LEVEL[other] <= LEVEL[own], f"{file.name} imports {name}"
             assert other not in VERBS, f"{file.name} imports the program {name}"
+
+
+def test_no_module_imports_itself_by_a_detour():
+    files = {
+        ".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in modules("jepa_fast")
+    }
+    ahead = {
+        name: {n for n in imports(file) if n in files and not f"{name}.".startswith(f"{n}.")}  # a folder's own __init__
+        for name, file in files.items()
+    }
+    ahead["jepa_fast"] = set()  # the public names, imported on first use
+    while leaves := {name for name, needed in ahead.items() if not needed}:
+        ahead = {name: needed - leaves for name, needed in ahead.items() if name not in leaves}
+    assert not ahead, f"import circle among {sorted(ahead)}"
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({f.parent for f in modules("jepa_fast")} - {ROOT / "jepa_fast"}), ids=lambda f: f.name
+)
+def test_a_folder_can_be_taken_in_at_a_glance(folder):
+    assert len([f for f in folder.glob("*.py") if not f.name.startswith("__")]) <= 12
 
 
 @pytest.mark.parametrize("file", modules("kernels"), ids=lambda f: str(f.relative_to(ROOT)))

@@ -10,9 +10,9 @@ import torch
 
 from jepa_fast.config import replace
 from jepa_fast.data.dataset import open_dataset
-from jepa_fast.data.loader import AHEAD, IN_WORK, Loader
-from jepa_fast.data.shards import BadSample
-from jepa_fast.data.sources import Counts, Joined
+from jepa_fast.data.loading.loader import AHEAD, IN_WORK, Loader
+from jepa_fast.data.sample import BadSample, Counts
+from jepa_fast.data.sources import Joined
 from jepa_fast.errors import UsageError
 from jepa_fast.presets import preset
 
@@ -202,15 +202,15 @@ def test_series_kept_on_the_device_are_those_read_for_every_batch(workers):
     (1e5, "device", True, "read once"), (1e6, "host", False, ""),
 ])  # fmt: skip
 def test_series_are_kept_on_a_gpu_if_they_fit(monkeypatch, free, on, keep, says):
-    from jepa_fast.data import kept
+    from jepa_fast.data.loading import resident
 
-    monkeypatch.setattr(kept, "_free", lambda device: free)
+    monkeypatch.setattr(resident, "_free", lambda device: free)
     data = config(**{"data.keep_on": on}).data
-    kept_there, line = kept.keeps(Series(40), data, torch.device("cuda", 0))
+    kept_there, line = resident.keeps(Series(40), data, torch.device("cuda", 0))
     assert kept_there is keep and says in line and bool(line) == bool(says)
     with pytest.raises(UsageError, match="too little; use host"):
-        monkeypatch.setattr(kept, "_free", lambda device: 1e4)
-        kept.keeps(Series(40), config(**{"data.keep_on": "device"}).data, torch.device("cuda", 0))
+        monkeypatch.setattr(resident, "_free", lambda device: 1e4)
+        resident.keeps(Series(40), config(**{"data.keep_on": "device"}).data, torch.device("cuda", 0))
 
 
 def test_health_tells_rates_and_reasons():
@@ -237,8 +237,8 @@ def test_a_loop_that_keeps_no_batch_lives_in_the_memory_of_a_few():
 
 def test_buffers_of_a_device_are_used_again_and_hold_the_same_batches(monkeypatch):
     """With pinned memory, as on CUDA; here the memory is plain."""
-    from jepa_fast.data import loader as module
-    from jepa_fast.data.packing import MaskPlan
+    from jepa_fast.data.loading import loader as module
+    from jepa_fast.masks.packing import MaskPlan
 
     class Passed:
         def synchronize(self):

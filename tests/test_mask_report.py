@@ -1,11 +1,11 @@
-"""`python -m jepa_fast.data.masks --report`: what each mode really shows, and the paper's Remarks B.1 and B.2 beside it."""
+"""`python -m jepa_fast.masks --report`: what each mode really shows, and the paper's Remarks B.1 and B.2 beside it."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from jepa_fast.data import masks
+from jepa_fast.masks import report
 from tests.test_masks import BLOCKS, TOKENS
 
 
@@ -19,7 +19,7 @@ def _tables(out):
 
 
 def test_the_report_has_a_line_for_each_mode_and_a_map_of_it(capsys):
-    assert masks.main(["--report", "--batch", "16", "--batches", "2"]) == 0
+    assert report.main(["--report", "--batch", "16", "--batches", "2"]) == 0
     out = capsys.readouterr().out
     for table in _tables(out):
         assert list(table) == [*BLOCKS, *TOKENS]
@@ -33,7 +33,7 @@ def test_the_report_has_a_line_for_each_mode_and_a_map_of_it(capsys):
 
 def test_the_report_measures_remarks_b1_and_b2(capsys):
     """Independent masks vary as the remark says and keep its bound; blocks, uncut, vary several times as much."""
-    assert masks.main(["--report", "--grid", "12", "12", "--batch", "128", "--batches", "12"]) == 0
+    assert report.main(["--report", "--grid", "12", "12", "--batch", "128", "--batches", "12"]) == 0
     table = {mode: [float(c) for c in cells] for mode, cells in _tables(capsys.readouterr().out)[1].items()}
     p, mean, variance, independent, ratio, bound, over, energy, corr = range(9)
     bernoulli = table["bernoulli"]
@@ -50,17 +50,17 @@ def test_the_report_measures_remarks_b1_and_b2(capsys):
 
 def test_the_reports_usual_number_of_batches_settles_variances(capsys):
     """Where a group shares its sizes, twenty groups told half of the variance of 1.5 times Bernoulli's."""
-    if masks.extension() is None:
+    if report.extension() is None:
         pytest.skip("takes minutes without the C++ sampler")
     ratios = []
     for seed in "01":
-        assert masks.main(["--report", "--mode", "reference", "--seed", seed]) == 0
+        assert report.main(["--report", "--mode", "reference", "--seed", seed]) == 0
         ratios.append(float(_tables(capsys.readouterr().out)[1]["reference"][4]))
     assert ratios == pytest.approx([1.5, 1.5], abs=0.3)
 
 
 def test_the_report_takes_a_line_of_patches(capsys):
-    assert masks.main(["--report", "--grid", "10", "--batch", "8", "--batches", "2"]) == 0
+    assert report.main(["--report", "--grid", "10", "--batch", "8", "--batches", "2"]) == 0
     assert [list(t) for t in _tables(capsys.readouterr().out)] == [list(TOKENS)] * 2
 
 
@@ -75,6 +75,6 @@ def test_the_report_takes_a_line_of_patches(capsys):
     ],
 )
 def test_the_reports_errors_are_one_line(argv, capsys):
-    assert masks.main(argv) == 2
+    assert report.main(argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa_fast.config import Masks
-from jepa_fast.data.extension import extension
-from jepa_fast.data.masks import check_masks, sample_masks
-from jepa_fast.data.masks_reference import Stream, stream_keys
 from jepa_fast.errors import UsageError
+from jepa_fast.extension import extension
+from jepa_fast.masks.reference import Stream, stream_keys
+from jepa_fast.masks.sample import check_masks, sample_masks
 from jepa_fast.presets import PRESETS, preset
 
 BLOCKS = ("reference", "fixed", "subsampled", "packed")
@@ -134,7 +134,7 @@ def test_without_a_fitting_extension_python_serves_after_one_warning(monkeypatch
     expected = _sample(_config("packed"))
     if cause == "stale":
         pytest.importorskip("jepa_fast_C")
-        monkeypatch.setattr("jepa_fast.data.extension.ABI", -1)
+        monkeypatch.setattr("jepa_fast.extension.ABI", -1)
     else:
         monkeypatch.setitem(sys.modules, "jepa_fast_C", None)
     extension.cache_clear()

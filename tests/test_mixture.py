@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jepa_fast.data.mixture import Mixture
+from jepa_fast.data.loading.mixture import Mixture
 
 COUNTS, WEIGHTS = [100, 1000, 37], (1.0, 2.0, 0.5)
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from jepa_fast.config import check, replace
-from jepa_fast.data.masks import MaskBatch, sample_masks
-from jepa_fast.data.packing import Ladder, plan
 from jepa_fast.errors import UsageError
+from jepa_fast.masks.ladder import Ladder
+from jepa_fast.masks.packing import plan
+from jepa_fast.masks.sample import MaskBatch, sample_masks
 from jepa_fast.model import predictor, vit
 from jepa_fast.model.attention import Sequences, attend
 from jepa_fast.model.jepa import JEPA, token_loss

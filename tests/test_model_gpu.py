@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from jepa_fast.config import check, replace
-from jepa_fast.data.masks import sample_masks
-from jepa_fast.data.packing import ladder, plan
+from jepa_fast.masks.ladder import ladder
+from jepa_fast.masks.packing import plan
+from jepa_fast.masks.sample import sample_masks
 from jepa_fast.model import attention
 from jepa_fast.model.compile import compile_blocks, num_graphs, warm_up
 from jepa_fast.model.jepa import JEPA

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from jepa_fast.config import check, replace
-from jepa_fast.data import images, nvjpeg
 from jepa_fast.data.dataset import open_dataset
-from jepa_fast.data.loader import Loader
-from jepa_fast.data.nvjpeg import DeviceDecoder
-from jepa_fast.data.shards import write_shards
+from jepa_fast.data.loading.loader import Loader
+from jepa_fast.data.readers import images, nvjpeg
+from jepa_fast.data.readers.nvjpeg import DeviceDecoder
+from jepa_fast.data.shards.writer import write_shards
 from jepa_fast.errors import UsageError
 from jepa_fast.presets import preset
 from tests.real_libraries import require

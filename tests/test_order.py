@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_fast.data.order import Order, augmentation, philox, shuffled
+from jepa_fast.data.loading.order import Order
+from jepa_fast.data.random import augmentation, philox, shuffled
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 2**40))

@@ -57,7 +57,7 @@ for name in ("fused_ema_C", "jepa_fast_C"):
 warnings.simplefilter("always")
 import numpy as np, torch
 from fused_ema import FusedEMA, available_backends
-from jepa_fast.data.masks import sample_masks
+from jepa_fast.masks.sample import sample_masks
 from jepa_fast.presets import preset
 config = preset("textures")
 for _ in range(3):

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_fast.config import replace as change
-from jepa_fast.data import packing
-from jepa_fast.data.extension import extension
-from jepa_fast.data.masks import MaskBatch, sample_masks
-from jepa_fast.data.packing import Ladder, MaskPlan, ladder, plan
+from jepa_fast.extension import extension
+from jepa_fast.masks import packing
+from jepa_fast.masks.ladder import Ladder, ladder
+from jepa_fast.masks.packing import MaskPlan, plan
+from jepa_fast.masks.sample import MaskBatch, sample_masks
 from jepa_fast.presets import preset
 
 ANY = Ladder((10, 20), (40,), 9, 12, 5)

@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from jepa_fast import checkpoint, optim, parallel, report, train
 from jepa_fast.config import replace
-from jepa_fast.data import packing
-from jepa_fast.data.masks import sample_masks
 from jepa_fast.log import read, repeatable
+from jepa_fast.masks import packing
+from jepa_fast.masks.sample import sample_masks
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.parallel import memory, wrap
 from jepa_fast.presets import preset

@@ -10,7 +10,7 @@ import torch
 from jepa_fast import schedules
 from jepa_fast.config import EMA, Config, Perturb, check, flatten, replace
 from jepa_fast.data.dataset import open_dataset
-from jepa_fast.data.loader import Loader
+from jepa_fast.data.loading.loader import Loader
 from jepa_fast.errors import UsageError
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.perturb import perturb

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_fast.data import series
+from jepa_fast.data.readers import series
 from jepa_fast.errors import UsageError
 
 VALUES = np.array([[0.5, 1.25, -3.0], [1e-3, 2.0, 4.0]], dtype=np.float32)
@@ -162,7 +162,7 @@ def test_a_folder_of_series_takes_its_classes_from_folders(tmp_path):
 def test_a_folder_of_series_counts_the_files_that_cannot_be_used(tmp_path):
     from jepa_fast.config import replace
     from jepa_fast.data.dataset import open_dataset
-    from jepa_fast.data.shards import BadSample
+    from jepa_fast.data.sample import BadSample
     from jepa_fast.presets import preset
 
     for i in range(12):
@@ -230,9 +230,9 @@ def test_tensors_may_have_half_the_bits_or_a_gradient(tmp_path):
 
 def test_shards_are_normalised_by_their_training_part_as_files_are(tmp_path):
     from jepa_fast.config import replace
-    from jepa_fast.data import from_shards
     from jepa_fast.data.dataset import open_dataset
-    from jepa_fast.data.writing import write_shards
+    from jepa_fast.data.readers import from_shards
+    from jepa_fast.data.shards.writer import write_shards
     from jepa_fast.presets import preset
 
     rng = np.random.default_rng(0)

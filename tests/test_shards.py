@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import webdataset
 
-from jepa_fast.data import index, inspection
-from jepa_fast.data.finding import find
-from jepa_fast.data.shards import BadSample, Shards
-from jepa_fast.data.writing import write_shards
+from jepa_fast.data.convert import verify as inspection
+from jepa_fast.data.sample import BadSample
+from jepa_fast.data.shards import index
+from jepa_fast.data.shards.paths import find
+from jepa_fast.data.shards.reader import Shards
+from jepa_fast.data.shards.writer import write_shards
 from jepa_fast.errors import UsageError
 
 
@@ -249,7 +251,7 @@ def test_a_folder_for_each_split_and_shards_of_one_name_in_two(folder, tmp_path)
 def test_few_files_stay_open_and_threads_may_share_them(folder):
     from concurrent.futures import ThreadPoolExecutor
 
-    from jepa_fast.data.descriptors import Descriptors
+    from jepa_fast.data.shards.open_files import Descriptors
 
     held = Shards(find(str(folder))["train"].files)
     held._descriptors = Descriptors(most=2)
@@ -271,7 +273,7 @@ import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 import io, tarfile
 from pathlib import Path
-from jepa_fast.data.shards import Shards
+from jepa_fast.data.shards.reader import Shards
 sets = []
 for s in range(8):
     for i in range(12):
@@ -288,7 +290,7 @@ assert all(one.read(i) == b"abc" for _ in range(2) for one in sets for i in rang
 
 
 def test_verify_says_that_more_may_be_missing_behind_a_damage(folder, tmp_path):
-    from jepa_fast.data.inspection import verify
+    from jepa_fast.data.convert.verify import verify
 
     file = find(str(folder))["train"].files[0]
     middle = int(Shards([file]).indexes[0].rows["offset"][4]) + 20

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jepa_fast.config import replace
-from jepa_fast.data import streams
 from jepa_fast.data.dataset import open_dataset
-from jepa_fast.data.loader import Loader
-from jepa_fast.data.writing import write_shards
+from jepa_fast.data.loading.loader import Loader
+from jepa_fast.data.shards import streams
+from jepa_fast.data.shards.writer import write_shards
 from jepa_fast.errors import UsageError
 from jepa_fast.presets import preset
 

@@ -8,9 +8,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from jepa_fast.data import tar
-from jepa_fast.data.extension import extension
-from jepa_fast.data.tar import TarDamage, Window, members
+from jepa_fast.data.shards import tar
+from jepa_fast.data.shards.tar import TarDamage, Window, members
+from jepa_fast.extension import extension
 
 NAMES = ["a.jpg", "deep/er/b.cls", "../../out.jpg", "n" * 99 + ".jpg", "x" * 120 + "/" + "y" * 90 + ".jpg", "z" * 300 + ".json", "ärger.jpg", "a b.jpg"]  # fmt: skip
 

@@ -1,4 +1,4 @@
-// Headers of a tar file: the everyday ones of jepa_fast/data/tar.py, outside Python's lock.
+// Headers of a tar file: the everyday ones of jepa_fast/data/shards/tar.py, outside Python's lock.
 //
 // In: an open file and a byte of it where a member begins. Out: the regular members from there on, up to the first that
 // takes more to understand: a long name, a link, the end, damage. tar.py reads that one, and asks again behind it.

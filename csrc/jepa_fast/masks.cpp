@@ -1,7 +1,7 @@
 // Mask sampler: which tokens of each image are context and which are targets.
 //
 // In: one 64-bit stream key per row, block sizes. Out: ragged token numbers, int64, rows one after the other.
-// The same draws as jepa_fast/data/masks_reference.py, bit for bit, which is why there is no floating point here:
+// The same draws as jepa_fast/masks/reference.py, bit for bit, which is why there is no floating point here:
 // scales, aspects and probabilities arrive as whole numbers. Serial: a batch takes less time than waking threads.
 
 #include <algorithm>

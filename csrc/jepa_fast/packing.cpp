@@ -1,4 +1,4 @@
-// Index rows of a mask plan: the arithmetic of `indices_by_numpy` in jepa_fast/data/packing.py, outside Python's lock.
+// Index rows of a mask plan: the arithmetic of `indices_by_numpy` in jepa_fast/masks/packing.py, outside Python's lock.
 
 #include <cstdint>
 #include <stdexcept>

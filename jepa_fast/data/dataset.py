@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from jepa_fast.config import Config, Data
-from jepa_fast.data import cifar, embedded, finding, folders, series, series_folder, ucr
-from jepa_fast.data.from_series import open_series
-from jepa_fast.data.from_shards import open_shards, open_stream
-from jepa_fast.data.health import TRUSTED
-from jepa_fast.data.parts import Parts, digest
-from jepa_fast.data.shards import BadSample
-from jepa_fast.data.sources import Bad, ImageSource, Joined, Source, Subset, evaluated
+from jepa_fast.data.opened import Parts, digest
+from jepa_fast.data.readers import cifar, generated, image_folder, series, series_folder, ucr
+from jepa_fast.data.readers.from_series import open_series
+from jepa_fast.data.readers.from_shards import open_shards, open_stream
+from jepa_fast.data.readers.images import ImageSource
+from jepa_fast.data.sample import TRUSTED, Bad, BadSample, Source
+from jepa_fast.data.shards import paths
+from jepa_fast.data.sources import Joined, Subset, evaluated
 from jepa_fast.errors import UsageError
 
 HELD_OUT = 5000  # at most, of a set without a test split
@@ -48,30 +49,30 @@ def open_dataset(config: Config) -> Dataset:
         raise UsageError(f"preset {config.preset} needs --data.path: {data.hint}")
     path, origin = data.path, f"data of {data.path}"
     if not path:
-        path, origin = embedded.open_embedded(data.embedded)
+        path, origin = generated.open_embedded(data.embedded)
     elif ucr.named(path):
         origin = ucr.describe(path)
     return _assemble(_open(path, data, config.train.seed), data, origin)
 
 
 def _open(path: str, data: Data, seed: int) -> Parts:
-    found = finding.entries(path)
+    found = paths.entries(path)
     if data.weights and len(data.weights) != len(found):
         raise UsageError(
             f"--data.weights has {len(data.weights)} numbers and --data.path {len(found)} entries; give one for each"
         )
-    remote = [entry for entry in found if finding.is_remote(entry)]
+    remote = [entry for entry in found if paths.is_remote(entry)]
     if remote:
         if len(remote) < len(found) or data.weights:
             raise UsageError(f"--data.path {path}: remote shards cannot be mixed with others; copy them here first")
         return open_stream(path, data, seed)
-    if len(found) == 1 or (not data.weights and finding.is_shards(path)):
+    if len(found) == 1 or (not data.weights and paths.is_shards(path)):
         return _open_one(path, data)
     return _join(found, [_open_one(entry, data) for entry in found], data)
 
 
 def _open_one(path: str, data: Data) -> Parts:
-    if finding.is_shards(path):
+    if paths.is_shards(path):
         return open_shards(path, data)
     if ucr.named(path):
         if data.kind == "images":
@@ -185,7 +186,7 @@ def _shape(source: Source) -> tuple[int, ...]:
 def _open_images(path: str, data: Data) -> Parts:
     if os.path.isdir(path):
         batches = cifar.find(Path(path))
-        return _open_cifar(batches, data) if batches else folders.open_folder(Path(path), data)
+        return _open_cifar(batches, data) if batches else image_folder.open_folder(Path(path), data)
     other = (
         f"; for a file of series: python -m jepa_fast.train series --data.path {path}"
         if path.endswith(series.SUFFIXES)
@@ -215,7 +216,7 @@ def _open_series(path: str, data: Data) -> Parts:
     ):
         images = (
             f"; for images: python -m jepa_fast.train images --data.path {path}"
-            if folders.images_under(folder)
+            if image_folder.images_under(folder)
             else "; put them there"
         )
         raise UsageError(

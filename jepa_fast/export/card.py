@@ -6,7 +6,7 @@ from typing import Any
 
 from jepa_fast import __version__
 from jepa_fast.config import Config
-from jepa_fast.data.embedded import SETS
+from jepa_fast.data.readers.generated import SETS
 from jepa_fast.interop import Pretrained
 from jepa_fast.interop.vit import timm_arguments
 from jepa_fast.log import read

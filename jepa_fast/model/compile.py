@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from jepa_fast.config import Config
-from jepa_fast.data import masks_reference as reference
-from jepa_fast.data.masks import MaskBatch, sample_masks
-from jepa_fast.data.masks_reference import BLOCKLESS
-from jepa_fast.data.packing import Ladder, MaskPlan, longest, plan
+from jepa_fast.masks import reference
+from jepa_fast.masks.ladder import Ladder, longest
+from jepa_fast.masks.packing import MaskPlan, plan
+from jepa_fast.masks.reference import BLOCKLESS
+from jepa_fast.masks.sample import MaskBatch, sample_masks
 from jepa_fast.model.jepa import JEPA
 
 LIMIT = 128  # graphs that one piece of code may have; dynamo's own limit of 8 is for shapes that were not planned

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast.config import Config, Model
-from jepa_fast.data.packing import MaskPlan
+from jepa_fast.masks.packing import MaskPlan
 from jepa_fast.model.predictor import Predictor
 from jepa_fast.model.tokens import Tokenizer
 from jepa_fast.model.vit import Block, Encoder

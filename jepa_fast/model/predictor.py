@@ -7,7 +7,7 @@ the outputs at the mask tokens, projected back to the encoder's width, are the p
 import torch
 from torch import Tensor, nn
 
-from jepa_fast.data.packing import MaskPlan
+from jepa_fast.masks.packing import MaskPlan
 from jepa_fast.model.attention import Sequences, uses_varlen
 from jepa_fast.model.tokens import sincos_table
 from jepa_fast.model.vit import Block, check_index, pad_rows

@@ -14,9 +14,9 @@ from torch import Tensor
 from jepa_fast import parallel
 from jepa_fast.log import RunLog
 from jepa_fast.monitor import bound, discrepancy, phase, skill
+from jepa_fast.monitor.accumulator import Interval
 from jepa_fast.monitor.drift import Drift, Identity, Weights
 from jepa_fast.monitor.examination import Examination
-from jepa_fast.monitor.interval import Interval
 from jepa_fast.monitor.spikes import loss_spike
 from jepa_fast.monitor.tokens import Tokens, as_tokens, rows_of
 

@@ -20,7 +20,7 @@ LIDAR_INPUTS, JACOBIAN_INPUTS, LAYER_INPUTS = 128, 16, 16
 
 
 class Views(Protocol):
-    """How an encoder sees the fixed inputs through masks. `jepa_fast.monitor.views.FixedMasks` is ours."""
+    """How an encoder sees the fixed inputs through masks. `jepa_fast.monitor.fixed_masks.FixedMasks` is ours."""
 
     def __call__(self, encoder: nn.Module, inputs: Tensor, view: int) -> tuple[Tensor, Tensor]:
         """(features [T, D] of the tokens that mask number `view` leaves visible, their rows in [B * N])."""

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast.config import Monitor
-from jepa_fast.data.sources import Bad, Source, fixed_draw
+from jepa_fast.data.sample import Bad, Source
+from jepa_fast.data.sources import fixed_draw
 
 # Shape legend: n training and m test samples of the probe, D width, c classes.
 

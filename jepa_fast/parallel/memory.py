@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from jepa_fast.config import Config, replace
-from jepa_fast.data.packing import MaskPlan
 from jepa_fast.flops import EMA_BYTES, STATE_BYTES, activation_bytes, usual_plan
+from jepa_fast.masks.packing import MaskPlan
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.parallel.world import World, check_split
 

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from jepa_fast import schedules
 from jepa_fast.config import Config
-from jepa_fast.data.masks import sample_masks
-from jepa_fast.data.masks_reference import BLOCKLESS
+from jepa_fast.masks.reference import BLOCKLESS
+from jepa_fast.masks.sample import sample_masks
 from jepa_fast.report.figure import LIGHT, SMALL, bare
 
 INPUTS = 8192  # masks drawn: where a group of 128 is cut to one length, 64 lengths

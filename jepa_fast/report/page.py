@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from jepa_fast.config import Config, flatten
-from jepa_fast.data.embedded import SETS
+from jepa_fast.data.readers.generated import SETS
 from jepa_fast.report.figure import COLOURS
 from jepa_fast.report.verdict import Record, last_of, left_out, values, verdict
 

@@ -5,9 +5,15 @@ real runs and writes that file, README.md there says how well it does on data se
 lacks decides which of several models is used (`TIERS`); a log with a loss alone gets none.
 """
 
+import json
 import math
 from collections import deque
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from jepa_fast.monitor.phase.curves import number, positive
 
 Record = dict[str, Any]
 LEAST_SKILL = -1.0  # a predictor far worse than a constant is as good as one that is twice as bad
@@ -123,7 +129,9 @@ class Signals:
         if spread is not None and spread < -math.log(1.5):
             said.append(f"the targets shrink: they vary {math.exp(-spread):.1f}x less between inputs than at the start")
         if loss is not None and constant is not None and loss < -math.log(2) and constant < 0.8 * loss:
-            said.append(f"the loss fell {math.exp(-loss):.1f}x, that of the best constant {math.exp(-constant):.1f}x: the targets became easier")
+            said.append(
+                f"the loss fell {math.exp(-loss):.1f}x, that of the best constant {math.exp(-constant):.1f}x: the targets became easier"
+            )
         return tuple(said)
 
 

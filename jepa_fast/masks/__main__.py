@@ -1,0 +1,5 @@
+import sys
+
+from jepa_fast.masks.report import main
+
+sys.exit(main())
