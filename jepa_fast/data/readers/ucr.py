@@ -67,7 +67,8 @@ def find(path: str) -> Pair:
             f"({', '.join(sorted(known)[:3])}, ...); for the whole archive set {VARIABLE} to its folder"
         )
     folder, origin = known[exact[0]]
-    pair = Pair(exact[0], *(folder / f"{exact[0]}_{part}.tsv" for part in ("TRAIN", "TEST")), origin)
+    train, test = (folder / f"{exact[0]}_{part}.tsv" for part in ("TRAIN", "TEST"))
+    pair = Pair(exact[0], train, test, origin)
     _check(pair, from_wheel=origin.startswith("the wheel"))
     return pair
 
