@@ -238,7 +238,7 @@ def measure(bench: Bench, shape: str) -> None:
     for way_name, call in calls.items():
         case.add(way_name, call, check=lambda n=way_name, c=call: check(subject, n, c))
     output = subject.step.forward()
-    output = Output(output.loss.detach(), output.context.detach(), output.target.detach())
+    output = output._replace(loss=output.loss.detach())
     parts: dict[str, Call] = {
         "part: EMA only": lambda: subject.ema(stats=False),
         "part: EMA and distances": lambda: subject.ema(stats=True),

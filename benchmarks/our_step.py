@@ -12,6 +12,7 @@ from jepa_fast.masks.sample import MaskBatch
 from jepa_fast.model.attention import choose_backend
 from jepa_fast.model.compile import compile_blocks
 from jepa_fast.model.jepa import JEPA
+from jepa_fast.model.targets import regress
 
 
 class OurStep:
@@ -46,7 +47,7 @@ class OurStep:
     def hidden(self) -> Tensor:
         jepa = self.jepa
         features = jepa.target_encoder.encode(jepa.context_encoder.tokenizer(self.images))
-        return jepa.normalise(features.flatten(0, 1).index_select(0, self.plan.target_rows))
+        return regress(features, jepa.target_norm).flatten(0, 1).index_select(0, self.plan.target_rows)
 
     def encode(self) -> Tensor:
         encoder, chosen = self.jepa.context_encoder, self.plan

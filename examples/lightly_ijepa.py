@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     optimizer = torch.optim.AdamW([*encoder.parameters(), *predictor.parameters()], lr=1.5e-4)
 
-    monitor = CollapseMonitor(options.out, (encoder, target_encoder), loss="smooth_l1", target_norm=True)  # 1
+    monitor = CollapseMonitor(options.out, (encoder, target_encoder), loss="smooth_l1", target_norm="layer")  # 1
     step = 0
     while step < options.steps:
         for (images, _), masks_enc, masks_pred in loader:

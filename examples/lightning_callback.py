@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = lightning.Trainer(
         max_steps=options.steps, accelerator="auto", devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[CollapseCallback(options.out, loss="smooth_l1", target_norm=True)],
+        callbacks=[CollapseCallback(options.out, loss="smooth_l1", target_norm="layer")],
     )  # fmt: skip
     trainer.fit(TinyJEPA(), DataLoader(images, batch_size=64, shuffle=True, drop_last=True))
     print(f"python -m jepa_fast.report {options.out}")

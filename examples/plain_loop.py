@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     target_encoder = copy.deepcopy(encoder).requires_grad_(False)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *predictor.parameters()], lr=5e-4)
 
-    monitor = CollapseMonitor(options.out, (encoder, target_encoder), loss="smooth_l1", target_norm=True)  # 1
+    monitor = CollapseMonitor(options.out, (encoder, target_encoder), loss="smooth_l1", target_norm="layer")  # 1
     for _ in range(options.steps):
         batch = images[torch.randint(len(images), (64,))]
         order = torch.rand(64, GRID**2).argsort(1)

@@ -75,6 +75,7 @@ def set_up(config: Config, resume: str, world: World, stop: preemption.Preemptio
         warm_up(
             model, config, buckets, _forwarded(config, world), world.device, partial(parallel.precision, config, world)
         )
+        jepa.targets.forget()  # what it has seen was no data
     loader = Loader(config, dataset.train, config.train.seed, world.rank, world.size, start, steps + 1, buckets)
     lock = None
     with parallel.lead(world):
@@ -144,13 +145,19 @@ def _initial_weights(config: Config, world: World, choice: Choice, start: int) -
         if config.init.from_ and not start and (world.is_main or not choice.sharded):
             where, (weights, told) = f"--init.from {config.init.from_}", initial_weights(config.init.from_, config)
             with torch.device("meta"):
-                own = JEPA(config).state_dict()
+                own = _weights_alone(JEPA(config).state_dict())
+            weights = _weights_alone(weights)
             checkpoint.check_fit(_shapes(weights), _shapes(own), where)
             if lost := [name for name, value in weights.items() if not value.isfinite().all()]:
                 raise UsageError(f"{where}: {lost[0]} holds NaN or infinite weights; take another checkpoint")
             if world.is_main:
                 print("".join(f"--init.from: {line}\n" for line in told), end="")
     return weights
+
+
+def _weights_alone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A JEPA's state without the statistics of its targets: these are of the encoder that trained, and begin anew."""
+    return {name: value for name, value in state.items() if not name.startswith("targets.")}
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:

@@ -133,12 +133,23 @@ def default_config() -> Config:
 def _override(base: Config, args: list[str]) -> Config:
     _refuse_unknown(args, base)
     args = [re.sub(r"^--init\.from\b", "--init.from_", arg) for arg in args]  # `from` is a keyword of Python
+    args = _named_norm(args)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return tyro.cli(Config, default=base, args=args, config=(tyro.conf.FlagConversionOff,))
     except SystemExit:
         raise UsageError(_first_message(said.getvalue())) from None
+
+
+def _named_norm(args: list[str]) -> list[str]:
+    """`--objective.target_norm True` or `False`, as commands of version 0.1 have it, by its name today."""
+    said = {"True": "layer", "False": "none"}
+    joined = [re.sub(r"^(--objective\.target.norm=)(True|False)$", lambda m: m[1] + said[m[2]], arg) for arg in args]
+    return [
+        said.get(arg, arg) if re.fullmatch(r"--objective\.target.norm", before) else arg
+        for before, arg in zip(["", *joined], joined, strict=False)
+    ]
 
 
 def _refuse_unknown(args: list[str], base: Config) -> None:

@@ -134,8 +134,12 @@ def joined(parts: list[Part]) -> tuple[Output, MaskPlan]:
         target_rows=torch.cat([p.target_rows + b for p, b in zip(plans, begins, strict=False)]),
         target_weight=torch.cat([p.target_weight * share for p, share in zip(plans, shares, strict=True)]),
     )
-    loss = torch.stack([o.loss.detach() * share for o, share in zip(outputs, shares, strict=True)]).sum()
-    return Output(loss, torch.cat([o.context for o in outputs]), torch.cat([o.target for o in outputs])), plan
+    loss, prediction = (
+        torch.stack([value.detach() * share for value, share in zip(values, shares, strict=True)]).sum()
+        for values in ([o.loss for o in outputs], [o.prediction_loss for o in outputs])
+    )
+    context, target = torch.cat([o.context for o in outputs]), torch.cat([o.target for o in outputs])
+    return Output(loss, context, target, prediction, outputs[0].statistics), plan  # statistics: the same for all
 
 
 def save(run: Run, step: int) -> None:

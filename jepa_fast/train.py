@@ -47,7 +47,7 @@ def train(run: Run) -> None:
         output, masks = joined(seen)
         record = run.monitor.observe(
             loss, output.context, output.target, masks.context_rows, masks.target_rows,
-            hidden_weight=masks.target_weight, step=step, wait=batch.wait, last=last, more=run.health,
+            hidden_weight=masks.target_weight, statistics=output.statistics, step=step, wait=batch.wait, last=last, more=run.health,
             num_inputs=len(batch.inputs),
         )  # fmt: skip
         if record:
@@ -69,6 +69,7 @@ def train(run: Run) -> None:
         decay = schedules.ema_decay(config.ema, step, run.steps)
         with clock.phase("ema"):
             run.ema.update(decay, gate=finite)
+            run.jepa.targets.update(gate=finite)
         run.monitor.updated(decay, finite)
 
         # Between two steps: all processes hear of a signal at the same one.

@@ -36,7 +36,9 @@ def test_fields_go_over_the_preset():
         "x",
     )
     assert config.model == preset("textures").model
-    assert not cli.parse(["--objective.target_norm", "False"]).config.objective.target_norm
+    for said, meant in (("False", "none"), ("True", "layer"), ("batch", "batch")):
+        assert cli.parse(["--objective.target_norm", said]).config.objective.target_norm == meant
+        assert cli.parse([f"--objective.target_norm={said}"]).config.objective.target_norm == meant
 
 
 @pytest.mark.parametrize(("argv", "says"), [

@@ -142,7 +142,7 @@ def test_signals_are_the_definitions_on_a_training_step():
     masks = sample_masks(config.masks, config.grid, 0, 0, np.zeros(8, np.int64), np.arange(8))
     packed = plan(masks, 10)
     output = jepa(inputs, packed)
-    monitor = CollapseMonitor(None, (jepa.context_encoder, jepa.target_encoder), loss="l2", target_norm=True)
+    monitor = CollapseMonitor(None, (jepa.context_encoder, jepa.target_encoder), loss="l2", target_norm="layer")
     record = monitor.observe(
         output.loss,
         output.context,

@@ -52,8 +52,9 @@ def _gradients(jepa, inputs, chosen):
     return [output.loss.detach(), output.context, *(p.grad.clone() for p in jepa.parameters() if p.requires_grad)]
 
 
-def test_after_warm_up_nothing_is_compiled_and_values_are_those_of_eager_blocks():
-    config = _config()
+@pytest.mark.parametrize("norm", ["layer", "position"])
+def test_after_warm_up_nothing_is_compiled_and_values_are_those_of_eager_blocks(norm):
+    config = _config(**{"objective.target_norm": norm})
     jepa, twin = JEPA(config), JEPA(config)
     twin.load_state_dict(jepa.state_dict())
     names, before = list(jepa.state_dict()), {n: v.clone() for n, v in jepa.state_dict().items()}

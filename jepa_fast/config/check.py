@@ -33,6 +33,7 @@ def check(config: Config) -> Config:
     """The configuration itself. Raises UsageError naming the first field that cannot work, its value and the mend."""
     _check_ranges(config)
     _check_weights(config)
+    _check_objective(config)
     _check_geometry(config)
     return config
 
@@ -84,6 +85,16 @@ def _check_weights(c: Config) -> None:
         "data.weights",
         weights,
         "each must be 0.001 of the sum or more",
+    )
+
+
+def _check_objective(c: Config) -> None:
+    norm = c.objective.target_norm
+    _require(
+        norm in ("layer", "none") or c.objective.target_stats == "running" or c.train.batch_size > 1,
+        "objective.target_norm",
+        norm,
+        "a batch of 1 has no statistics over inputs; give a larger --train.batch_size, or --objective.target_stats running",
     )
 
 

@@ -123,8 +123,16 @@ class Model:
 class Objective:
     loss: Literal["l2", "smooth_l1", "l1"] = "smooth_l1"
     """Mean over features and tokens. `l2` is the paper's equation 2 divided by the width."""
-    target_norm: bool = True
-    """LayerNorm without affine over the target encoder's features."""
+    target_norm: Literal["layer", "batch", "position", "centre", "none"] = "layer"
+    """Of the target encoder's features: `layer`, LayerNorm without affine; `batch`, each feature standardised over inputs and
+    positions; `position`, each feature and position over inputs; `centre`, the mean over inputs taken away from each."""
+    target_stats: Literal["batch", "running"] = "batch"
+    """What `batch`, `position` and `centre` are taken over: the global batch, or a running average of it (for small batches,
+    and for `parallel.micro_batch`)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_norm, bool):  # configurations of version 0.1
+            object.__setattr__(self, "target_norm", "layer" if self.target_norm else "none")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from jepa_fast.config import Config, Model
 from jepa_fast.masks.packing import MaskPlan
 from jepa_fast.model.predictor import Predictor
+from jepa_fast.model.targets import Statistics, Targets
 from jepa_fast.model.tokens import Tokenizer
 from jepa_fast.model.vit import Block, Encoder
 
@@ -25,9 +26,11 @@ from jepa_fast.model.vit import Block, Encoder
 
 
 class Output(NamedTuple):
-    loss: Tensor  # float32 scalar, mean over features, an image's target tokens and images
+    loss: Tensor  # float32 scalar: what is minimised
     context: Tensor  # [Tc, D] f(x): visible tokens by the context encoder, detached
     target: Tensor  # [B, N, D] g(x_hat): all tokens by the target encoder, as it gives them
+    prediction_loss: Tensor  # float32 scalar, detached: mean over features, an image's target tokens and images
+    statistics: Statistics | None  # with them targets.regress(target, norm, statistics) is what the loss compared with
 
 
 class JEPA(nn.Module):
@@ -36,6 +39,7 @@ class JEPA(nn.Module):
         model = config.model
         self.loss = config.objective.loss
         self.target_norm = config.objective.target_norm
+        self.targets = Targets(self.target_norm, config.objective.target_stats, config.num_tokens, config.model.width)
         self.cuda_graphs = model.cuda_graphs
         self.context_encoder = _encoder(config)
         self.target_encoder = _encoder(config).requires_grad_(False)
@@ -58,6 +62,8 @@ class JEPA(nn.Module):
 
         with torch.no_grad():
             target = self.target_encoder.encode(patches)  # [B, N, D]
+            statistics = self.targets.statistics(target)
+            regression = self.targets(target, statistics)  # [B, N, D]
 
         visible = patches.flatten(0, 1).index_select(0, plan.context_rows)  # [Tc, P]
         context = self.context_encoder.encode_packed(
@@ -65,11 +71,10 @@ class JEPA(nn.Module):
         )  # [Tc, D]
         prediction = self.predictor.packed(context, plan)  # [Tt, D]
 
-        hidden = self.normalise(target.flatten(0, 1).index_select(0, plan.target_rows))  # [Tt, D]
-        loss = (
-            plan.target_weight * token_loss(prediction, hidden, self.loss)
-        ).sum()  # not `@`: autocast would halve it
-        return Output(loss, context.detach(), target)
+        hidden = regression.flatten(0, 1).index_select(0, plan.target_rows)  # [Tt, D]
+        each = token_loss(prediction, hidden, self.loss)  # [Tt]
+        loss = (plan.target_weight * each).sum()  # not `@`: autocast would halve it
+        return Output(loss, context.detach(), target, loss.detach(), statistics)
 
     def _check(self, inputs: Tensor, plan: MaskPlan) -> None:
         grid, own = self.context_encoder.tokenizer.grid(inputs), self.context_encoder.grid
@@ -77,11 +82,6 @@ class JEPA(nn.Module):
             raise ValueError(f"inputs of {list(inputs.shape)} have {grid} tokens; this JEPA was built for {own}")
         if len(inputs) != plan.num_inputs:
             raise ValueError(f"{len(inputs)} inputs and masks of {plan.num_inputs}: give as many masks as inputs")
-
-    def normalise(self, target: Tensor) -> Tensor:
-        """The regression target of features [..., D]: float32, layer-normed without affine if configured."""
-        target = target.float()
-        return F.layer_norm(target, target.shape[-1:]) if self.target_norm else target
 
 
 def token_loss(prediction: Tensor, target: Tensor, kind: str) -> Tensor:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_fast import parallel
 from jepa_fast.log import RunLog
+from jepa_fast.model.targets import Statistics, TargetNorm, centred_by_own, norm_of, regress
+from jepa_fast.model.targets import statistics as statistics_of
 from jepa_fast.monitor import bound, discrepancy, phase, skill
 from jepa_fast.monitor.accumulator import Interval
 from jepa_fast.monitor.drift import Drift, Identity, Weights
@@ -37,10 +38,10 @@ class CollapseMonitor:
     folder: where metrics.jsonl and events.jsonl go; None keeps them in memory (`records`, `events`).
     weights: what the drift is measured on. A FusedEMA (its distances cost nothing more), or (context encoder, target
     encoder), or pairs of tensors (theta, theta_bar), named or not; None: no drift.
-    loss, target_norm: which loss it is, and whether targets are layer-normed in it: with them and `hidden` the
-    predictor's skill is measured (equal numbers of inputs on all processes). grid: tokens along each axis; None: a square
-    where the number of tokens is one, else a line. every: steps between records. spectral_every: steps between spectral norms of the
-    drift; 0: as the examination.
+    loss, target_norm: which loss it is, and how targets are normalised in it (a name of `--objective.target_norm`, or
+    True for `layer`, False for `none`): with them and `hidden` the predictor's skill is measured (equal numbers of inputs
+    on all processes). grid: tokens along each axis; None: a square where the number of tokens is one, else a line.
+    every: steps between records. spectral_every: steps between spectral norms of the drift; 0: as the examination.
     examination: what is measured on a fixed set (probes, spectra, mismatches), on a period of its own.
     start: None for a new log; on resume the number of the next step, and what was logged from there on is dropped.
     say: told of every event, once; None: silence.
@@ -55,7 +56,7 @@ class CollapseMonitor:
         weights: Weights | None = None,
         *,
         loss: Literal["l2", "smooth_l1", "l1"] | None = None,
-        target_norm: bool = False,
+        target_norm: TargetNorm | bool = "none",
         grid: tuple[int, ...] | None = None,
         every: int = 10,
         spectral_every: int = 0,
@@ -65,7 +66,7 @@ class CollapseMonitor:
     ):
         if every < 1:
             raise ValueError(f"every is {every}; give a number of steps of at least 1")
-        self.loss, self.target_norm, self.grid = loss, target_norm, grid
+        self.loss, self.target_norm, self.grid = loss, norm_of(target_norm), grid
         self.every, self.examination = every, examination
         self.spectral_every = spectral_every
         self.drift = Drift(weights) if weights is not None else None
@@ -93,6 +94,7 @@ class CollapseMonitor:
         hidden: Tokens = None,
         *,
         hidden_weight: Tensor | None = None,
+        statistics: Statistics | None = None,
         step: int | None = None,
         wait: float = 0.0,
         last: bool = False,
@@ -106,6 +108,8 @@ class CollapseMonitor:
         visible: which of the N tokens `context` is of: token numbers [B, K] (or a list of such: I-JEPA's masks_enc),
         a bool mask [B, N], or rows [T] of the flattened [B * N]. None: target is of the same tokens as context.
         hidden: likewise the tokens that the loss is taken at, `hidden_weight` [T] their weights in it (None: equal).
+        statistics: what the loss normalised its targets with (model.targets.statistics); None: those of `target`, taken
+        over all processes where `target_norm` needs any.
         step: optimizer steps made so far; None counts calls. wait: seconds this step waited for data.
         last: write a record (and examine) whatever the period. more: asked on the steps of a record, on all processes,
         for what else belongs into it. num_inputs: of this step, if features are of a part.
@@ -121,7 +125,7 @@ class CollapseMonitor:
             looks = self._examines(last) if self.examination else self._num_records % RECORDS_A_LOOK == 0
             examined = self.examine(last) | (more() if more else {})
             with torch.no_grad():
-                signals = self._signals(loss, context, target, visible, hidden, hidden_weight)
+                signals = self._signals(loss, context, target, visible, hidden, hidden_weight, statistics)
             record = self._write(signals, self._drift(examined, looks), examined)
             if looks and self.identity:
                 self.identity.remember()
@@ -162,7 +166,7 @@ class CollapseMonitor:
 
     def _signals(
         self, loss: Tensor, context: Tensor | None, target: Tensor | None, visible: Tokens, hidden: Tokens,
-        hidden_weight: Tensor | None,
+        hidden_weight: Tensor | None, statistics: Statistics | None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Device scalars of one step, without a synchronisation."""
         if target is None:
@@ -182,15 +186,14 @@ class CollapseMonitor:
             weight = (
                 target.new_full((len(hidden_rows),), 1 / len(hidden_rows)) if hidden_weight is None else hidden_weight
             )
+            statistics = statistics or statistics_of(target, self.target_norm)
             signals |= skill.trivial_skills(
-                loss, self._as_targets(target), self._as_targets(context), rows, hidden_rows, weight, self.loss,
-                self.grid or skill.likely_grid(n), num_processes=self.world.size, mean=partial(parallel.mean, world=self.world),
+                loss, regress(target, self.target_norm, statistics),
+                regress(context, self.target_norm, statistics, positions=rows % n), rows, hidden_rows, weight, self.loss,
+                self.grid or skill.likely_grid(n), num_processes=self.world.size,
+                mean=partial(parallel.mean, world=self.world), centred=centred_by_own(self.target_norm, statistics),
             )  # fmt: skip
         return signals
-
-    def _as_targets(self, features: Tensor) -> Tensor:
-        """Features [..., D] as the loss compares them."""
-        return F.layer_norm(features.float(), features.shape[-1:]) if self.target_norm else features.float()
 
     def _drift(self, examined: dict[str, float], looks: bool) -> dict[str, float]:
         """Distances of the weights, and what needs them. Called on every process."""

@@ -34,6 +34,7 @@ def alone(value: Tensor) -> Tensor:
 def trivial_skills(
     loss: Tensor, targets: Tensor, context: Tensor, visible: Tensor, hidden: Tensor, weight: Tensor, kind: str,
     grid: tuple[int, ...], *, num_processes: int = 1, mean: Reduce = alone,
+    centred: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     """`skill`, `skill/constant`, `skill/copy`, `skill/context_mean` and `position_share`: float32 scalars.
 
@@ -43,7 +44,9 @@ def trivial_skills(
     along each axis, for which token is the nearest. B is the same on all processes.
 
     The constant is fitted on the batch that it is judged on; its loss is corrected by B / (B - 1) of the global batch,
-    which is exact for `l2`. With one input in all there is nothing to fit, and `skill/constant` is NaN.
+    which is exact for `l2`. With one input in all there is nothing to fit, and `skill/constant` is NaN. centred: the
+    targets were centred at each position by the global batch's own mean; then the constant is 0, which nobody had to fit,
+    and its loss is taken as it is.
     """
     b, n, _ = targets.shape
     total = b * num_processes
@@ -53,7 +56,8 @@ def trivial_skills(
         return mean(weight @ token_loss(prediction, wanted, kind))
 
     constant = best_constant(targets, kind, num_processes, mean)  # [N, D]
-    losses = {"constant": judge(constant[hidden % n]) * (total / (total - 1) if total > 1 else math.nan)}
+    correction = 1.0 if centred else total / max(1, total - 1)
+    losses = {"constant": judge(constant[hidden % n]) * (correction if total > 1 else math.nan)}
     losses["copy"] = judge(context[nearest_visible(visible, hidden, b, grid)])
     sums = context.new_zeros(b, context.shape[1]).index_add_(0, visible // n, context)
     pooled = sums / (visible // n).bincount(minlength=b).clamp(min=1).unsqueeze(1)

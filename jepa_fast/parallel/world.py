@@ -14,6 +14,7 @@ from torch import Tensor
 from jepa_fast import cores
 from jepa_fast.config import Config
 from jepa_fast.errors import UsageError
+from jepa_fast.model.targets import FROM_BATCH
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ def check_split(config: Config, size: int) -> None:
         raise UsageError(
             f"--train.batch_size {batch} is the global batch: {size} processes do not divide it; "
             f"give {' or '.join(map(str, near))}"
+        )
+    micro, norm = config.parallel.micro_batch, config.objective.target_norm
+    if 0 < micro < batch // size and norm in FROM_BATCH and config.objective.target_stats == "batch":
+        raise UsageError(
+            f"--parallel.micro_batch {micro}: targets of --objective.target_norm {norm} need the whole batch at once; "
+            "give --objective.target_stats running, or --parallel.micro_batch 0"
         )
     if mode == "single" and size > 1:
         raise UsageError(f"--parallel.mode single, but {size} processes were started; use auto, ddp, fsdp or hsdp")

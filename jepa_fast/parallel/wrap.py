@@ -31,7 +31,7 @@ def build(config: Config, world: World, choice: Choice, weights: dict[str, Tenso
     if not choice.sharded:
         jepa = JEPA(config)
         if weights is not None:
-            jepa.load_state_dict(weights)
+            jepa.load_state_dict(jepa.state_dict() | weights)
         jepa.to(world.device)
         _prepare(jepa, config, world)
         return jepa
@@ -39,7 +39,7 @@ def build(config: Config, world: World, choice: Choice, weights: dict[str, Tenso
     if world.is_main:  # one copy on the host, handed out piece by piece
         whole = JEPA(config)
         if weights is not None:
-            whole.load_state_dict(weights)
+            whole.load_state_dict(whole.state_dict() | weights)
     with torch.device("meta"):
         jepa = JEPA(config)
     _prepare(jepa, config, world)
