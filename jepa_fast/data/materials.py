@@ -149,9 +149,14 @@ def _of_series(source: str) -> Material:
 
 def _of_shards(source: str, label_filter: str) -> Material:
     """Shards again: all members as they are, .cls renumbered where a filter leaves classes out."""
-    paths = [url for entry in finding.entries(source) for url in finding.expand(entry)]
-    if any(map(finding.is_remote, paths)):
-        found = {"train": finding.Split([bring(path) if finding.is_remote(path) else Path(path) for path in paths])}
+    entries = finding.entries(source)
+    if any(map(finding.is_remote, entries)):  # of entries: a file name that a pattern found is no URL
+        files = [
+            bring(name) if finding.is_remote(entry) else Path(name)
+            for entry in entries
+            for name in finding.expand(entry)
+        ]
+        found = {"train": finding.Split(files)}
     else:
         found = {name: split for name, split in finding.find(source).items() if split.files}
     held = {name: Shards(split.files, split.lengths) for name, split in found.items()}
