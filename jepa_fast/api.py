@@ -182,7 +182,7 @@ def _sources(found: Pretrained, data: str | Path | None, split: str) -> list[Sou
         raise UsageError(f"split is {split!r}; give 'all', 'train' or 'test'")
     if data is None and found.config is None:
         raise UsageError(f"{found.origin} does not say what it was trained on: give the data")
-    dataset = open_dataset(_config(found, data))
+    dataset = open_dataset(_config(found, data), typed=data is not None)
     train, test = dataset.probe_train or dataset.train, dataset.probe_test
     if split == "test" and test is None:
         raise UsageError(f"{dataset.description}: there is no test part; use split='all'")

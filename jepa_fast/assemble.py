@@ -33,12 +33,12 @@ from jepa_fast.parallel import Choice, World
 from jepa_fast.run import Run, tell_of_data, tensors
 
 
-def set_up(config: Config, resume: str, world: World, stop: preemption.Preemption) -> Run:
-    """Everything that can refuse does so before the run folder is touched. Raises UsageError."""
+def set_up(config: Config, resume: str, world: World, stop: preemption.Preemption, typed: bool = False) -> Run:
+    """Everything that can refuse does so before the run folder is touched. `typed`: see open_dataset. Raises UsageError."""
     with parallel.lead(world):
         for step in (0, 1):  # both ends of a schedule
             check_masks(schedules.masks(config.masks, step, 1), config.grid)
-        dataset = open_dataset(config)
+        dataset = open_dataset(config, typed)
         config = _fitted(config, dataset)
         if config.log.tensorboard:
             log.need_tensorboard()

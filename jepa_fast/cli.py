@@ -39,6 +39,7 @@ class Command:
     resume: str  # '', 'must' or 'auto'
     action: str = "train"  # or 'list', 'print-config', 'dry-run', 'help'
     processes: int = 1  # of the dry run
+    typed: bool = False  # data.path is what the command line (or the preset) says, not what a file says
 
 
 def parse(argv: list[str]) -> Command:
@@ -48,14 +49,15 @@ def parse(argv: list[str]) -> Command:
     resume = "auto" if restarted else resume  # torchrun started us again: go on, but with no run of another job
     rest, processes = _take_dry_run(rest)
     if processes:
-        return Command(_configuration(rest, resume, restarted), resume, "dry-run", processes)
+        return Command(_configuration(rest, resume, restarted)[0], resume, "dry-run", processes)
     for action in ("help", "list", "print-config"):
         if f"--{action}" in rest or (action == "help" and "-h" in rest):
             rest = [a for a in rest if a not in (f"--{action}", "-h")]
             if action != "print-config":
                 return Command(Config(), resume, action)
-            return Command(_configuration(rest, resume, restarted), resume, action)
-    return Command(_configuration(rest, resume, restarted), resume)
+            return Command(_configuration(rest, resume, restarted)[0], resume, action)
+    config, typed = _configuration(rest, resume, restarted)
+    return Command(config, resume, typed=typed)
 
 
 def _take_resume(argv: list[str]) -> tuple[list[str], str]:
@@ -99,10 +101,12 @@ def answer(command: Command) -> str:
     return USAGE if command.action == "help" else listing()
 
 
-def _configuration(args: list[str], resume: str, restarted: bool) -> Config:
+def _configuration(args: list[str], resume: str, restarted: bool) -> tuple[Config, bool]:
+    """(what to run, whether its data.path was typed and not read from the folder of a run)."""
     name = args.pop(0) if args and not args[0].startswith("-") else ""
     base = preset(name) if name else default_config()
     config = _override(base, args)
+    path = config.data.path
     if resume:
         folder = Path(config.run.dir) if config.run.dir else rundir.newest(config.preset, own=restarted)
         saved = rundir.saved_config(folder) if folder else None
@@ -114,7 +118,7 @@ def _configuration(args: list[str], resume: str, restarted: bool) -> Config:
             config = _override(replace(saved, {"run.dir": str(folder)}), args)
         elif resume == "must":
             raise UsageError(f"--resume: no run in {folder or 'runs/'}; leave out --resume to start one")
-    return check(config)
+    return check(config), config.data.path == path
 
 
 def default_config() -> Config:

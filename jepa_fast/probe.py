@@ -101,7 +101,7 @@ def probe(folder: Path, changes: dict[str, Any], step: int | None, num_train: in
     """Everything that the command prints."""
     config, encoders, at = load(folder, step)
     on = replace(config, changes)
-    dataset = open_dataset(on)
+    dataset = open_dataset(on, typed="data.path" in changes)
     if dataset.probe_train is None or dataset.probe_test is None:
         raise UsageError(f"{dataset.description}: a probe needs labels; give a labelled set with --data.path")
     expected = (config.data.channels, *((config.data.image_size,) * 2 if config.data.kind == "images" else ()))

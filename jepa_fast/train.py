@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with preemption.Preemption(world) as stop:
             with preemption.in_company(world):
-                run = set_up(command.config, command.resume, world, stop)
+                run = set_up(command.config, command.resume, world, stop, command.typed)
             with watched(run):
                 train(run)
             close(run)

@@ -305,3 +305,26 @@ def test_threads_resize_without_a_hand_on_pythons_counts():
     """Where the lock is given up nothing of Python's may be touched: counts would be lost, and the process with them."""
     run = subprocess.run([sys.executable, "-c", UNLOCKED], capture_output=True, text=True)
     assert (run.returncode, run.stdout.strip()) == (0, "0"), run.stderr[-500:]
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(executed) (w) file closefile\nshowpage\n"
+
+
+def test_an_image_of_a_format_that_we_do_not_mean_is_no_image(tmp_path, monkeypatch):
+    """EPS would start Ghostscript, on a program that the file holds."""
+    called = tmp_path / "gs"
+    called.write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")
+    called.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    pixels = Image.fromarray(photograph(18, 20))
+    others = [encoded(pixels, name) for name in ("TGA", "PCX", "ICO", "SGI", "IM", "JPEG2000")]
+    for data in (EPS, b"\xc5\xd0\xd3\xc6" + (32).to_bytes(4, "little") + bytes(24) + EPS, *others):
+        with pytest.raises(BadSample, match="no image of a known format"):
+            decode(data, 3)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["JPEG", "MPO", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF"])
+def test_the_formats_that_data_come_in_are_read(name):
+    pixels, _ = decode(encoded(Image.fromarray(photograph(18, 20)), name), 3)
+    assert pixels.shape == (*photograph(18, 20).shape[:2], 3)

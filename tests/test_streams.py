@@ -62,19 +62,19 @@ def values(source, cfg, steps, rank=0, size=1):
 def test_http_shards_come_pass_after_pass_and_are_fetched_once(server):
     address, asked = server
     cfg = config(f"{address}/s-train-{{0000..0004}}.tar")
-    data = open_dataset(cfg)
+    data = open_dataset(cfg, typed=True)
     assert any("not exact" in note for note in data.notes)
     got = values(data.train, cfg, 10)
     assert sorted(got[:COUNT]) == list(range(COUNT))
     assert sorted(got[COUNT:]) == list(range(COUNT))
     assert got[:COUNT] != got[COUNT:]
     assert sorted(p for p in asked if p.endswith(".tar")) == [f"/s-train-{i:04}.tar" for i in range(5)]
-    assert got == values(open_dataset(cfg).train, cfg, 10)  # the same again, from the cache
+    assert got == values(open_dataset(cfg, typed=True).train, cfg, 10)  # the same again, from the cache
 
 
 def test_pipe_shards_and_the_probe_of_their_first(folder):
     cfg = config(f"pipe:cat '{folder}/s-train-0000.tar'::pipe:cat '{folder}/s-train-0003.tar'")
-    data = open_dataset(cfg)
+    data = open_dataset(cfg, typed=True)
     assert len(data.probe_train) + len(data.probe_test) == 10 and data.num_classes == 2
     assert sorted(values(data.train, cfg, 2)) == [*range(10), *range(30, 40)]
 
@@ -83,7 +83,7 @@ def test_pipe_shards_and_the_probe_of_their_first(folder):
 def test_processes_share_a_stream_and_none_runs_dry(folder, size):
     """Five shards over two processes: uneven; over ten: fewer shards than processes."""
     cfg = config(f"pipe:cat '{folder}/s-train-000{{0..4}}.tar'")
-    got = [values(open_dataset(cfg).train, cfg, 20, rank, size) for rank in range(size)]
+    got = [values(open_dataset(cfg, typed=True).train, cfg, 20, rank, size) for rank in range(size)]
     assert all(len(mine) == 20 * 10 // size for mine in got)
     first = [set(mine[: (20 if size == 2 else 5)]) for mine in got]
     assert len(set.union(*first)) == sum(map(len, first))  # nobody's samples are another's
@@ -93,7 +93,7 @@ def test_a_bad_sample_of_a_stream_is_replaced_and_named(folder, tmp_path):
     good = ({"__key__": f"{i:03}", "npy": np.full((1, 20), np.nan if i == 3 else i, np.float32)} for i in range(20))
     bad = write_shards(tmp_path / "bad", {"train": good}, "b", 10)
     cfg = config(f"pipe:cat '{bad}/b-train-000{{0..1}}.tar'", **{"data.num_samples": 20})
-    loader = Loader(cfg, open_dataset(cfg).train, 0, 0, 1, 0, 6)
+    loader = Loader(cfg, open_dataset(cfg, typed=True).train, 0, 0, 1, 0, 6)
     got = [int(v) for batch in loader for v in batch.inputs[:, 0, 0]]
     loader.close()
     assert len(got) == 60 and 3 not in got
@@ -105,7 +105,7 @@ def test_what_a_stream_lost_is_counted_under_the_name_of_its_shard(folder):
     file.write_bytes(file.read_bytes()[:9000])
     pattern = f"pipe:cat '{folder}/s-train-000{{0..4}}.tar'"
     cfg = config(pattern, **{"data.num_samples": 50})
-    loader = Loader(cfg, open_dataset(cfg).train, 0, 0, 1, 0, 12)
+    loader = Loader(cfg, open_dataset(cfg, typed=True).train, 0, 0, 1, 0, 12)
     got = {int(v) for batch in loader for v in batch.inputs[:, 0, 0]}
     loader.close()
     (lost,) = loader.bad
@@ -133,7 +133,7 @@ def test_a_shard_damaged_at_its_source_gives_what_it_holds_pass_after_pass(folde
         for _ in range(2):  # the second run begins with a damaged copy
             streams._BROUGHT.clear()
             cfg = config(url, **{"data.num_samples": 30, "data.max_bad_share": 0.2})
-            loader = Loader(cfg, open_dataset(cfg).train, 0, 0, 1, 0, 20)
+            loader = Loader(cfg, open_dataset(cfg, typed=True).train, 0, 0, 1, 0, 20)
             list(loader)
             loader.close()
             assert {b.kind for b in loader.bad} == {"lost"} and len(loader.bad) == 1
@@ -142,7 +142,7 @@ def test_a_shard_damaged_at_its_source_gives_what_it_holds_pass_after_pass(folde
 def test_what_cannot_be_fetched_is_one_sentence_and_leaves_nothing(folder, server, tmp_path):
     for path in (f"{server[0]}/missing.tar", "pipe:false", "pipe:echo no tar", "foo://x/y.tar"):
         with pytest.raises(UsageError, match="cannot fetch shard") as raised:
-            open_dataset(config(path))
+            open_dataset(typed=True, config=config(path))
         assert "\n" not in str(raised.value)
     assert not list((tmp_path / "cache").rglob("*.tar*"))
 
@@ -170,7 +170,7 @@ exec cat "{tmp_path}/${{url#{scheme}://a bucket/}}"
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
     cfg = config(f"{scheme}://a bucket/set/s-train-{{0000..0004}}.tar")
-    data = open_dataset(cfg)
+    data = open_dataset(cfg, typed=True)
     assert sorted(values(data.train, cfg, 5)) == list(range(COUNT))
     with pytest.raises(
         UsageError, match=rf"cannot fetch shard {scheme}://a bucket/set/gone.tar \(the command ended with 1"
@@ -181,6 +181,6 @@ exec cat "{tmp_path}/${{url#{scheme}://a bucket/}}"
 def test_what_a_stream_cannot_do_is_refused(folder):
     url = f"pipe:cat '{folder}/s-train-0000.tar'"
     with pytest.raises(UsageError, match="remote shards cannot be mixed"):
-        open_dataset(config(f"{url}::{folder}"))
+        open_dataset(typed=True, config=config(f"{url}::{folder}"))
     with pytest.raises(UsageError, match=r"--data.label_filter needs shards on this machine"):
-        open_dataset(config(url, **{"data.label_filter": "x"}))
+        open_dataset(typed=True, config=config(url, **{"data.label_filter": "x"}))

@@ -42,9 +42,14 @@ class Dataset:
         return digest(repr(list(self.contents.items())).encode())
 
 
-def open_dataset(config: Config) -> Dataset:
-    """The data that `config` names. Raises UsageError, naming the path and the mend."""
+def open_dataset(config: Config, typed: bool = False) -> Dataset:
+    """The data that `config` names. Raises UsageError, naming the path and the fix.
+
+    typed: the user gave `data.path` by hand, so `pipe:` in it may run a command; a path from a file may not.
+    """
     data = config.data
+    if not typed:
+        finding.refuse_commands(data.path)
     if not data.path and not data.embedded:
         raise UsageError(f"preset {config.preset} needs --data.path: {data.hint}")
     path, origin = data.path, f"data of {data.path}"

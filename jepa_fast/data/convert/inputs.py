@@ -151,9 +151,12 @@ def _of_series(source: str) -> Material:
 
 def _of_shards(source: str, label_filter: str) -> Material:
     """Shards again: all members as they are, .cls renumbered where a filter leaves classes out."""
-    urls = [url for entry in paths.entries(source) for url in paths.expand(entry)]
-    if any(map(paths.is_remote, urls)):
-        found = {"train": paths.Split([bring(url) if paths.is_remote(url) else Path(url) for url in urls])}
+    entries = paths.entries(source)
+    if any(map(paths.is_remote, entries)):  # of entries: a file name that a pattern found is no URL
+        files = [
+            bring(name) if paths.is_remote(entry) else Path(name) for entry in entries for name in paths.expand(entry)
+        ]
+        found = {"train": paths.Split(files)}
     else:
         found = {name: split for name, split in paths.find(source).items() if split.files}
     held = {name: Shards(split.files, split.lengths) for name, split in found.items()}

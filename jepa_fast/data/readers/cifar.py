@@ -1,16 +1,17 @@
 """CIFAR-10 and CIFAR-100 as their archives hold them, pickled or binary. Out: uint8 [n, 32, 32, 3] and labels."""
 
-import io
-import pickle
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jepa_fast import pickles
 from jepa_fast.errors import UsageError
 
 ARCHIVES = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")
+WHOLE = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")  # NumPy's names of whole numbers
 
 
 def find(folder: Path) -> Path | None:
@@ -58,28 +59,49 @@ def _read_binary(file: Path, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     return records[:, label_bytes:], records[:, label_bytes - 1].astype(np.int64)
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """CIFAR's pickles hold lists, dicts and NumPy arrays; nothing else is let in."""
-
-    ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"})
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "numpy" and name in self.ALLOWED:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
 def _read_pickle(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The pickle is read without running it; of what it could hold, we know lists of numbers and plain arrays."""
     try:
-        held = _ArraysOnly(io.BytesIO(_bytes_of(file)), encoding="latin1").load()
-        labels = held["labels"] if "labels" in held else held["fine_labels"]
-        return np.asarray(held["data"], dtype=np.uint8).reshape(-1, 3072), np.asarray(labels, dtype=np.int64)
+        held = pickles.read(_bytes_of(file))
+        if not isinstance(held, dict):
+            raise ValueError("it holds no dict")
+        labels = next((held[name] for name in ("labels", "fine_labels") if name in held), None)
+        return _array(held.get("data")).astype(np.uint8, casting="safe").reshape(-1, 3072), _array(labels).reshape(
+            -1
+        ).astype(np.int64)
     except UsageError:
         raise
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except (ValueError, TypeError) as error:
         raise UsageError(f"{file} is not a CIFAR batch ({error}); unpack the archive again") from None
+
+
+def _array(held: Any) -> np.ndarray:
+    """A list of whole numbers, or a pickled NumPy array of them. Raises ValueError."""
+    if isinstance(held, list) and all(type(n) is int and abs(n) < 2**62 for n in held):
+        return np.array(held, np.int64)
+    if not isinstance(held, pickles.Record):
+        raise ValueError(f"a {type(held).__name__} is in the place of an array")
+    what = held.name.replace("numpy._core", "numpy.core")
+    try:
+        if what == "numpy.core.multiarray._reconstruct":
+            _, shape, dtype, column_major, raw = held.state
+        elif what == "numpy.core.numeric._frombuffer":
+            raw, dtype, shape, order = held.args
+            column_major = order == "F"
+        else:
+            raise ValueError(f"it asks for {held.name}")
+        if isinstance(raw, pickles.Record) and raw.name == "_codecs.encode":  # bytes, in a protocol that has none
+            raw = raw.args[0]
+        code, swapped = dtype.args[0], dtype.state[1] == ">"
+    except (TypeError, IndexError, AttributeError):
+        raise ValueError("an array of unknown layout") from None
+    data = raw.encode("latin-1") if isinstance(raw, str) else bytes(raw)
+    if code not in WHOLE or not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"an array of type {code!r} and shape {shape!r}")
+    kind = np.dtype(code).newbyteorder(">" if swapped else "<")
+    if math.prod(shape) * kind.itemsize != len(data):
+        raise ValueError(f"an array of shape {shape} with {len(data)} bytes")
+    return np.frombuffer(data, kind).reshape(shape, order="F" if column_major else "C")
 
 
 def _bytes_of(file: Path) -> bytes:

@@ -24,6 +24,8 @@ MOST_PIXELS = 2**26  # 67 million: 200 MB decoded, in every thread
 MOST_SIDE = 2**16  # of what C++ resizes: the memory it takes and keeps is 32 rows as wide as the picture
 MOST_KEPT = 2**24  # bytes that a thread keeps for the next image; fresh memory costs a sixth of a decode
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# Of Pillow's formats those that we mean. Others run programs (EPS starts Ghostscript) or are rarely looked after.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 _kept = threading.local()
 
 
@@ -45,7 +47,7 @@ def decode(data: bytes, channels: int, reuse: bool = False) -> tuple[np.ndarray,
             if _damaged(str(error), data):
                 raise BadSample(f"not a readable image ({error})", "undecodable") from None
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _refuse_bomb(*image.size)
             return _pixels(image, channels), True
     except BadSample:

@@ -2,6 +2,9 @@
 
 A path is a folder of .tar, one .tar, a brace pattern, a glob, a text file with one of these a line, or several of them
 joined by `::`, as WebDataset writes lists. Splits come from `_info.json` or from the file names.
+
+`pipe:COMMAND` runs a command. It is honoured where the user typed it (the command line, an argument in Python) and refused
+wherever a file holds it: a list, a saved configuration, a file name that a pattern found.
 """
 
 import json
@@ -12,10 +15,9 @@ from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
 
-import webdataset
-
 from jepa_fast.errors import UsageError
 
+MOST_NAMES, MOST_BRACES = 1_000_000, 50  # of one pattern
 TEST = ("val", "valid", "validation", "test")
 
 
@@ -36,10 +38,14 @@ def entries(path: str) -> list[str]:
             continue
         try:
             lines = [line.partition("#")[0].strip() for line in Path(entry).read_text().splitlines()]
-        except OSError as error:
-            raise UsageError(
-                f"--data.path {entry}: {error.strerror}; give a file with one shard or pattern a line"
-            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            said = "is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+            raise UsageError(f"--data.path {entry}: {said}; give a file with one shard or pattern a line") from None
+        if not any(lines):
+            raise UsageError(f"--data.path {entry} is an empty list; give a file with one shard or pattern a line")
+        for line in lines:
+            if is_command(line):
+                raise UsageError(f"{entry} holds {line!r}, which runs a command; lists may not: give it as --data.path")
         beside = Path(entry).parent
         found += [line if is_remote(line) else str(beside / line) for line in lines if line]
     if not all(found):
@@ -47,19 +53,76 @@ def entries(path: str) -> list[str]:
     return found
 
 
+def is_command(path: str) -> bool:
+    """Whether an entry is `pipe:COMMAND`, in any spelling."""
+    return re.match(r"pipe:", "".join(path.split()), re.IGNORECASE) is not None
+
+
 def is_remote(path: str) -> bool:
     """Whether shards are streamed and not read from a disk: pipe:, http://, https://, s3://, gs:// and the like."""
-    return path.startswith("pipe:") or ("://" in path and not path.startswith("file://"))
+    return is_command(path) or ("://" in path and not path.startswith("file://"))
+
+
+def refuse_commands(path: str) -> None:
+    """Raises UsageError if `path` runs a command, as in `pipe:`; for a path that the user did not type."""
+    for entry in entries(path):
+        if is_command(entry):
+            raise UsageError(
+                f"--data.path {entry!r} runs a command, and it comes from a file, not from you: "
+                "give --data.path yourself if you trust it"
+            )
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that a brace pattern or a glob stands for; sorted where the disk decides."""
-    names = webdataset.shardlists.expand_urls(pattern) if "{" in pattern else [pattern]
+    """The names that a brace pattern stands for; of a path on this machine also a glob, sorted. A URL is no glob."""
+    names = _braces(pattern)
+    if is_remote(pattern):
+        if not is_command(pattern) and any(map(is_command, names)):
+            raise UsageError(f"--data.path {pattern} hides a command in its braces; write pipe:COMMAND")
+        return names
     return [
         found
         for name in names
         for found in (sorted(glob(name)) if has_magic(name) and not Path(name).exists() else [name])
     ]
+
+
+def _braces(pattern: str) -> list[str]:
+    """The names that {0000..1023} and {a,b} in a pattern stand for, as a shell expands them. Raises UsageError."""
+    start = pattern.find("{")
+    if start < 0:
+        return [pattern]
+    if pattern.count("{") > MOST_BRACES:
+        raise UsageError(f"--data.path {pattern[:80]}...: more than {MOST_BRACES} braces; give a list, a name a line")
+    depth, cuts = 0, [start]
+    for end in range(start, len(pattern)):
+        depth += {"{": 1, "}": -1}.get(pattern[end], 0)
+        if depth == 1 and pattern[end] == ",":
+            cuts.append(end)
+        if depth == 0:
+            break
+    else:
+        raise UsageError(f"--data.path {pattern}: the brace at character {start + 1} is not closed")
+    inner, rest = pattern[start + 1 : end], _braces(pattern[end + 1 :])
+    numbers = re.fullmatch(r"(-?\d{1,18})\.\.(-?\d{1,18})", inner, re.ASCII)
+    count = abs(int(numbers[2]) - int(numbers[1])) + 1 if numbers else max(1, len(cuts))
+    if count * len(rest) > MOST_NAMES:
+        raise UsageError(f"--data.path {pattern[:200]} stands for more than {MOST_NAMES:,} names; give fewer")
+    if numbers:
+        first, last = int(numbers[1]), int(numbers[2])
+        padded = any(re.match(r"-?0\d", n) for n in numbers.groups())
+        width = max(map(len, numbers.groups())) if padded else 0
+        middle = [
+            f"{n:0{width}}" for n in range(first, last + (1 if last >= first else -1), 1 if last >= first else -1)
+        ]
+    elif len(cuts) > 1:
+        parts = (pattern[a + 1 : b] for a, b in zip(cuts, [*cuts[1:], end], strict=True))
+        middle = [name for part in parts for name in _braces(part)]
+    else:
+        middle = [f"{{{name}}}" for name in _braces(inner)]
+    if len(middle) * len(rest) > MOST_NAMES:
+        raise UsageError(f"--data.path {pattern[:200]} stands for more than {MOST_NAMES:,} names; give fewer")
+    return [pattern[:start] + name + tail for name in middle for tail in rest]
 
 
 def is_shards(path: str) -> bool:

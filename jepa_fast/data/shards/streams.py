@@ -34,6 +34,8 @@ PROMISE = (
 TRIES = (0.0, 1.0, 4.0)  # seconds before each attempt to bring a shard here
 _BROUGHT: set[str] = set()  # URLs that this process has a copy of
 IN_WORK = 8  # batches whose samples are kept; the loader has two in work
+KNOWN = "https, s3, gs, hf, sftp, scp, ftps, ais, htgs"
+SCHEMES = re.compile(rf"({KNOWN.replace(', ', '|')})://")  # exactly: the library would also take "PIPE:" for a command
 PART = 2**34  # of the streams of random words: the order of the shards
 
 
@@ -188,5 +190,11 @@ def _name(url: str) -> str:
 
 
 def _transport(url: str) -> str:
-    """s3 by Amazon's own program; the library knows the other schemes."""
-    return f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url
+    """s3 by Amazon's own program; the library knows the other schemes. Raises UsageError for what is none of them."""
+    if url.startswith("s3://"):
+        return f"pipe:aws s3 cp {shlex.quote(url)} -"
+    if url.startswith(("http://", "https://")):  # curl would read brackets as patterns
+        return re.sub(r"[][{}]", lambda found: f"%{ord(found[0]):02X}", url)
+    if url.startswith("pipe:") or SCHEMES.match(url):
+        return url
+    raise UsageError(f"cannot fetch shard {url}: no program is known for its scheme; give {KNOWN} or pipe:COMMAND")
