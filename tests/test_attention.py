@@ -93,6 +93,30 @@ def test_a_variable_length_kernel_is_called_by_its_contract_and_gives_the_padded
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+class FlashFunction(torch.autograd.Function):
+    """flash-attn's kernel as its wrapper calls it: Dynamo takes no tensor twice among a Function's inputs."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k):
+        ctx.save_for_backward(cu_q, cu_k)
+        return q + k + v
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient, gradient, None, None, None, None
+
+
+def test_a_block_compiles_around_a_kernel_that_is_an_autograd_function(monkeypatch):
+    monkeypatch.setattr(attention, "_VARLEN", FlashFunction.apply)
+    torch._dynamo.reset()
+    block, x = vit.Block(16, 2, 2.0, 1e-6), torch.randn(10, 16, requires_grad=True)
+    sequences = Sequences(torch.tensor([0, 4, 10], dtype=torch.int32), 2, 6, uniform=False, varlen=True)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(block(x, sequences).square().sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad(compiled(x, sequences).square().sum(), x)[0], expected)
+    torch._dynamo.reset()
+
+
 def test_torchs_own_kernel_takes_the_same_seven_arguments():
     varlen = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
     names = list(inspect.signature(varlen).parameters.values())

@@ -1,6 +1,7 @@
 """One run, whatever the number of processes and however the model is cut: the same data, masks, losses and distances."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from jepa_fast.log import read, repeatable
 from jepa_fast.masks import packing
 from jepa_fast.masks.sample import sample_masks
 from jepa_fast.model.jepa import JEPA
+from jepa_fast.monitor import Examination
+from jepa_fast.monitor.views import FixedMasks
 from jepa_fast.parallel import memory, wrap
 from jepa_fast.presets import preset
 
@@ -107,6 +110,8 @@ SMALL = {
     "model.depth": 2,
     "train.batch_size": 4,
     "parallel.mode": "fsdp",
+    "data.channels": 1,
+    "data.series_length": 500,
 }
 
 
@@ -216,6 +221,21 @@ def test_bf16_weights_and_recomputed_blocks_change_the_loss_by_rounding_at_most(
         half = "train__precision" in changes
         assert output.loss.item() == pytest.approx(reference[0], rel=2e-2 if half else 0)
         assert norm.item() == pytest.approx(reference[1], rel=5e-2 if half else 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "hsdp"])
+def test_an_examination_runs_on_blocks_that_are_gathered_in_bf16(world, monkeypatch, mode):
+    """As on CUDA. A CPU's layer norm takes bf16 weights beside a bf16 residual stream, which autocast makes."""
+    on_cuda = wrap.policies
+    monkeypatch.setattr(wrap, "policies", lambda config, _: on_cuda(config, "cuda"))
+    config, jepa = sharded(world, parallel__mode=mode, train__precision="bf16", model__residual="bf16")
+    examination = Examination(
+        jepa.context_encoder, jepa.target_encoder, a_batch(config)[0], views=FixedMasks(config), everywhere=True,
+        around=partial(parallel.gathered, jepa, config),
+    )  # fmt: skip
+    looked = examination.look(0)
+    assert looked["discrepancy/full"] == 0, looked
+    assert all(p.dtype == torch.float32 for p in jepa.parameters()), "the shards are float32 again"
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------

@@ -174,7 +174,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences)
     """softmax(q k^T / sqrt(d)) v inside each sequence: q [Tq, H, d], k and v [T, H, d] -> [Tq, H, d]."""
     if queries.varlen or keys.varlen:  # one of them may be uniform
         assert _VARLEN is not None
-        return _VARLEN(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_len, keys.max_len)
+        # Of self-attention both are one tensor, and a compiled autograd.Function takes no tensor twice: a view is another.
+        return _VARLEN(q, k, v, queries.cu_seqlens, keys.cu_seqlens.view(-1), queries.max_len, keys.max_len)
     if keys.lengths is not None or queries.lengths is not None:  # one of them may be uniform, or too ragged for it
         return _length_by_length(q, k, v, queries, keys)
     out = F.scaled_dot_product_attention(queries.batch(q), keys.batch(k), keys.batch(v), attn_mask=keys.mask)

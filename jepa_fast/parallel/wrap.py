@@ -118,14 +118,20 @@ def settle(model: nn.Module) -> None:
 def gathered(jepa: JEPA, config: Config) -> Iterator[None]:
     """Inside, both encoders hold whole weights, for whoever looks at them other than by a step. All processes enter.
 
-    Compiled blocks run as they are written: an examination has shapes of its own.
+    Compiled blocks run as they are written: an examination has shapes of its own. Where blocks are gathered in bf16 the
+    passes run under autocast, as training does: a layer norm takes no bf16 weights beside a float32 residual stream.
     """
     for part in (jepa.context_encoder, jepa.target_encoder):
         _reshard_after_forward(part, False)
         for module in _sharded(part):
             module.unshard()
+    device = next(jepa.parameters()).device
+    half = any(p.dtype == torch.bfloat16 for p in jepa.context_encoder.parameters())
     try:
-        with eager() if compiles(config, next(jepa.parameters()).device) else nullcontext():
+        with (
+            eager() if compiles(config, device) else nullcontext(),
+            torch.autocast(device.type, torch.bfloat16) if half else nullcontext(),
+        ):
             yield
     finally:
         for part in (jepa.context_encoder, jepa.target_encoder):
