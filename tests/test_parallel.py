@@ -17,7 +17,7 @@ from jepa_fast.masks import packing
 from jepa_fast.masks.sample import sample_masks
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import Examination
-from jepa_fast.monitor.views import FixedMasks
+from jepa_fast.monitor.fixed_masks import FixedMasks
 from jepa_fast.parallel import memory, wrap
 from jepa_fast.presets import preset
 

@@ -49,7 +49,7 @@ def open_dataset(config: Config, typed: bool = False) -> Dataset:
     """
     data = config.data
     if not typed:
-        finding.refuse_commands(data.path)
+        paths.refuse_commands(data.path)
     if not data.path and not data.embedded:
         raise UsageError(f"preset {config.preset} needs --data.path: {data.hint}")
     path, origin = data.path, f"data of {data.path}"
