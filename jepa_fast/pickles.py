@@ -30,7 +30,9 @@ class Record:
     __slots__ = ("args", "name", "state")
 
     def __init__(self, name: str, args: tuple | None = None):
-        self.name, self.args, self.state = name, args, None  # 'module.name'; state: what BUILD would have set
+        self.name = name  # module.name
+        self.args: Any = args
+        self.state: Any = None  # what BUILD would have set
 
 
 def read(data: bytes) -> Any:
