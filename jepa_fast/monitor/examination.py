@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from jepa_fast.config import Monitor
 from jepa_fast.monitor import bound, discrepancy, probes, spectrum
-from jepa_fast.monitor.readout import description, readout
+from jepa_fast.monitor.readout import pseudo_classes, readout
 
 FULL_INPUTS = 256  # inputs of the fixed set on which both encoders see everything
+READOUT_INPUTS = 1000  # of the probe's training inputs, and of its test inputs
 LIDAR_INPUTS, JACOBIAN_INPUTS, LAYER_INPUTS = 128, 16, 16
 
 
@@ -59,7 +60,7 @@ class Examination:
         self.inputs, self.everywhere, self.around = inputs[:FULL_INPUTS], everywhere, around
         self.sample = inputs if probe_set is None else probe_set.train  # that spectra are taken over
         self.untrained: dict[str, float] = {}  # probe and readout of the encoder as initialised, every curve's baseline
-        self._description: Tensor | None = None
+        self._classes: Tensor | None = None
         self._jacobian = bound.Jacobian()
         self._pooled: dict[str, Tensor] = {}  # of this look, as the next
         self._seen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
@@ -170,7 +171,7 @@ class Examination:
         return self._pooled[key]
 
     def _all_features(self, name: str) -> Tensor:
-        """Of everything there is."""
+        """Of what the readout looks at."""
         return (
             self._features(name)
             if self.probe_set is None
@@ -197,14 +198,18 @@ class Examination:
         return record
 
     def _readouts(self) -> dict[str, float]:
-        """How much of a description of the inputs can be read from both encoders' features, without labels."""
-        inputs = [self.sample] if self.probe_set is None else [self.sample, self.probe_set.test]
-        if self._description is None:
-            self._description = description(torch.cat(inputs))
-        if self._description is None:
+        """The probe without labels, of both encoders."""
+        inputs = (
+            [self.sample]
+            if self.probe_set is None
+            else [self.sample[:READOUT_INPUTS], self.probe_set.test[:READOUT_INPUTS]]
+        )
+        if self._classes is None:
+            self._classes = pseudo_classes(torch.cat(inputs))
+        if self._classes is None:
             return {}
         names = {"readout": "target", "readout/context": "context"}
-        return {key: readout(self._all_features(name), self._description) for key, name in names.items()}
+        return {key: readout(self._all_features(name), self._classes) for key, name in names.items()}
 
     def _lidar(self) -> dict[str, float]:
         """Views are masks of the same input, pooled over the visible tokens."""

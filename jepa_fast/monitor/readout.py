@@ -1,14 +1,15 @@
-"""How much of the inputs can be read from the features: a probe without labels.
+"""A probe without labels: how well the features tell apart what the inputs themselves tell apart.
 
-In: a fixed batch of inputs, and pooled features of them. Out: one correlation. A linear probe asks whether the features hold
-what the labels name. This asks whether they hold what a rich description of the inputs says: the shares of outputs above a
-bias, of random convolutions (the "proportion of positive values" of ROCKET, Dempster et al. 2020, arXiv 1910.13051, on which
-linear classifiers are near the best known on the UCR archive; for images likewise in two dimensions). The measure is ours;
-experiments/phase says how well it foretells a labelled probe.
+In: a fixed batch of inputs, and pooled features of them. Out: one accuracy. A linear probe asks whether the features hold
+what the labels name. This one asks for pseudo-classes: clusters of a rich description of the inputs, at six granularities.
+The description are shares of outputs above a bias, of random convolutions: the "proportion of positive values" of ROCKET
+(Dempster et al. 2020, arXiv 1910.13051), on which linear classifiers are near the best known on the UCR archive; for images
+the same in two dimensions. The measure is ours; experiments/phase says how well it foretells a labelled probe.
 """
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,28 +19,28 @@ LENGTHS = (7, 9, 11)  # of a kernel on a series (ROCKET's)
 SIDES = (3, 5, 7)  # of a kernel on an image
 LARGEST = 64  # pixels of an image's side: larger ones are averaged down
 BIASED = 64  # inputs whose outputs a bias is drawn from
-COMPONENTS = 8  # principal components of the description, each of unit variance
-PENALTIES = (0.01, 0.1, 1.0, 10.0)  # of the ridge, relative to the number of inputs
+COMPONENTS = 16  # principal components of the description
+CLUSTERS = (2, 3, 4, 6, 10, 16)
+RIDGE = 0.01  # penalty, relative to the number of inputs; the probe's
 
 
 @torch.no_grad()
 def description(inputs: Tensor) -> Tensor | None:
-    """float64 [n, 8] of series [n, C, L] or images [n, C, H, W]: principal components, uncorrelated and of unit variance.
+    """float64 [n, 16] of series [n, C, L] or images [n, C, H, W]: principal components of the standardised shares.
 
     None of inputs of another shape, of fewer than three, or that do not differ. Depends on the inputs alone.
     """
     if inputs.ndim not in (3, 4) or len(inputs) < 3:
         return None
-    x = _standardised(inputs)
+    x = torch.cat([_standardised(part) for part in inputs.split(256)])
     generator = torch.Generator().manual_seed(SEED)
     shares = torch.stack([_positive_share(x, generator) for _ in range(KERNELS)], dim=1).double()
     shares = shares[:, shares.std(0) > 1e-6]
     if not shares.shape[1]:
         return None
     shares = (shares - shares.mean(0)) / shares.std(0)
-    values, vectors = torch.linalg.eigh(shares.T @ shares / len(shares))
-    kept = min(COMPONENTS, int((values > 1e-6 * values[-1]).sum()), len(shares) - 2)
-    return (shares @ vectors[:, -kept:]) / values[-kept:].sqrt()
+    _, vectors = torch.linalg.eigh(shares.T @ shares)
+    return shares @ vectors[:, -COMPONENTS:]
 
 
 def _standardised(inputs: Tensor) -> Tensor:
@@ -79,29 +80,42 @@ def _draw(count: int, generator: torch.Generator) -> int:
     return int(torch.randint(count, (1,), generator=generator))
 
 
-@torch.no_grad()
-def readout(features: Tensor, described: Tensor) -> float:
-    """How well ridge regression reads a description [n, k] from pooled features [n, D]: correlation, 0 to 1.
+def pseudo_classes(inputs: Tensor) -> Tensor | None:
+    """int64 [6, n]: the cluster of each input at every granularity (k-means), or None (see `description`). Deterministic."""
+    described = description(inputs)
+    if described is None:
+        return None
+    from sklearn.cluster import KMeans
 
-    The root of the share of the description's variance that is predicted, each input being left out of the fit that
-    predicts it (in closed form), each component at the best of four penalties. Independent of the features' scale.
-    NaN of features that are not finite.
+    points = described.numpy()
+    found = [KMeans(min(k, len(points) - 1), n_init=2, random_state=k).fit_predict(points) for k in CLUSTERS]
+    return torch.from_numpy(np.stack(found)).long()
+
+
+@torch.no_grad()
+def readout(features: Tensor, classes: Tensor) -> float:
+    """Accuracy of a ridge probe on pooled features [n, D], mean over the pseudo-classes [g, n].
+
+    As the labelled probe: least squares on one-hot classes, standardised features, float64. Each input is left out of the
+    fit that predicts it, in closed form. Independent of the features' scale. NaN of features that are not finite.
     """
     if not features.isfinite().all():
         return math.nan
-    x, y = features.double(), described.to(features.device)
-    x, y = (x - x.mean(0)) / x.std(0).clamp(min=1e-8), y - y.mean(0)
-    total = (1 - 1 / len(x)) ** -2 * y.square().sum(0)  # errors of the mean of the other inputs
+    classes = classes.to(features.device)
+    x = features.double()
+    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-8)
+    onehot = [F.one_hot(labels).double() for labels in classes]
+    y = torch.cat(onehot, dim=1)
+    base, penalty = y.mean(0), RIDGE * len(x)
     if len(x) >= x.shape[1]:
         values, vectors = torch.linalg.eigh(x.T @ x)
         left = x @ vectors / values.clamp(min=1e-9).sqrt()
     else:
         values, left = torch.linalg.eigh(x @ x.T)
-    inside = left.T @ y
-    errors = []
-    for penalty in PENALTIES:
-        shrunk = values.clamp(min=0) / (values.clamp(min=0) + penalty * len(x))
-        leverage = (left.square() @ shrunk + 1 / len(x)).clamp(max=1 - 1e-9)
-        errors.append(((y - left @ (shrunk[:, None] * inside)) / (1 - leverage)[:, None]).square().sum(0))
-    least = torch.stack([*errors, total]).amin(0)
-    return float((1 - least.sum() / total.sum()).clamp(min=0).sqrt())
+    shrunk = values.clamp(min=0) / (values.clamp(min=0) + penalty)
+    fitted = left @ (shrunk[:, None] * (left.T @ (y - base))) + base
+    leverage = (left.square() @ shrunk + 1 / len(x)).clamp(max=1 - 1e-9).unsqueeze(1)
+    held_out = (fitted - leverage * y) / (1 - leverage)  # as if each input had been left out
+    parts = held_out.split([part.shape[1] for part in onehot], dim=1)
+    hits = [(part.argmax(1) == labels).double().mean() for part, labels in zip(parts, classes, strict=True)]
+    return float(torch.stack(hits).mean())
