@@ -32,8 +32,8 @@ UNTOUCHED = (
 IMAGES = ("digits", "textures", "mnist5k")
 STEPS, LOOK = 1500, 50
 LOOKS_ONLY = (
-    "rankme", "participation", "feature_std", "alpha_req", "lidar", "content", "probe/", "mismatch/", "spread/full",
-    "discrepancy/full", "loss/heldout",
+    "rankme", "participation", "feature_std", "alpha_req", "lidar", "readout", "probe/", "mismatch/", "spread/full",
+    "discrepancy/full", "loss/heldout", "phase/",
 )  # fmt: skip
 KEPT = (
     "step",
