@@ -22,11 +22,13 @@ ENCODERS = ("context", "target")
 SUFFIX = {"context": "/context", "target": ""}  # of the keys of a record
 # The models, best first, and the signals each needs: the first whose signals are all there is used.
 TIERS: dict[str, tuple[str, ...]] = {
-    "readout": ("readout", "untrained", "skill", "rankme"),
-    "readout alone": ("readout", "untrained"),
+    "readout": ("readout", "skill", "lidar"),
+    "readout without views": ("readout", "skill"),
+    "readout alone": ("readout",),
     "spectrum": ("skill", "rankme"),
     "skill": ("skill",),
 }
+LIMITS = {"readout": 0.1, "lidar": 1.0, "rankme": 1.5}  # a signal beyond says no more
 
 
 class Estimate(NamedTuple):
@@ -90,7 +92,9 @@ class Signals:
             self.share.add(step, share)
         if (untrained := number(record.get("readout/untrained"))) is not None:
             self.now["readout/untrained"] = untrained
-        held = {key: positive(record.get(key)) for key in ("spread", "rankme", "rankme/context")}
+        held = {
+            key: positive(record.get(key)) for key in ("spread", "rankme", "rankme/context", "lidar", "lidar/context")
+        }
         held |= {key: number(record.get(key)) for key in ("readout", "readout/context")}
         held["constant"] = loss / (1 - skill) if loss is not None and skill is not None and skill < 1 else None
         for key, value in {**held, "loss": loss}.items():
@@ -103,18 +107,19 @@ class Signals:
         """The signals by name; None where the log lacks one."""
         suffix = SUFFIX[encoder]
         untrained, now = self.now.get("readout/untrained"), self.now.get(f"readout{suffix}")
-        return {
-            "readout": _z(now) - _z(untrained) if now is not None and untrained is not None else None,
-            "untrained": _z(untrained) if untrained is not None else None,
+        found = {
+            "readout": now - untrained if now is not None and untrained is not None else None,
             "skill": self.skill.mean,
+            "lidar": self._change(f"lidar{suffix}"),
             "rankme": self._change(f"rankme{suffix}"),
         }
+        return {name: _within(LIMITS.get(name), value) for name, value in found.items()}
 
     def _change(self, key: str) -> float | None:
-        """Log ratio of now to the start, at most a factor of 20."""
+        """Log ratio of now to the start."""
         if key not in self.now or not self.start[key] > 0 or not self.now[key] > 0:
             return None
-        return max(-3.0, min(3.0, math.log(self.now[key] / self.start[key])))
+        return math.log(self.now[key] / self.start[key])
 
     def facts(self) -> tuple[str, ...]:
         """What the predictor and the targets do, where it says something. No estimate."""
@@ -135,9 +140,8 @@ class Signals:
         return tuple(said)
 
 
-def _z(correlation: float) -> float:
-    """Fisher's transform: equal steps are about equally hard anywhere."""
-    return math.atanh(max(0.0, min(0.999, correlation)))
+def _within(limit: float | None, value: float | None) -> float | None:
+    return value if value is None or limit is None else max(-limit, min(limit, value))
 
 
 class Estimator:
@@ -183,7 +187,7 @@ def _reason(name: str, p: float | None, signals: dict[str, float | None], held: 
     said = f"{name} encoder useful with probability {p:.2f}"
     now, untrained = held.now.get(f"readout{SUFFIX[name]}"), held.now.get("readout/untrained")
     if signals["readout"] is not None and now is not None and untrained is not None:
-        said += f": its features tell of the inputs {now:.3f}, the untrained encoder's {untrained:.3f} (correlation)"
+        said += f": its features tell pseudo-classes of the inputs apart with accuracy {now:.3f}, the untrained encoder's with {untrained:.3f}"
     elif signals["rankme"] is not None:
         said += f": RankMe {math.exp(signals['rankme']):.2f}x of its start"
     return said
