@@ -42,13 +42,15 @@ class Sequences:
 
     @staticmethod
     def of(
-        cu_seqlens: Tensor, max_len: int, total: int, bucket: int = 0, varlen: bool = False, compiled: bool = False
-    ) -> "Sequences":
+        cu_seqlens: Tensor, max_len: int, total: int, bucket: int = 0, varlen: bool = False, compiled: bool = False,
+        spare: Tensor | None = None,
+    ) -> "Sequences":  # fmt: skip
         """From cumulative lengths [S + 1], a bound on the longest, and the number of tokens; no host synchronisation.
 
         bucket: length of the packed tensor where it is longer than its `total` tokens (0: it is not). The rows behind
-        the tokens form sequences of their own, so that no token sees them. varlen: for a variable-length kernel. compiled: for a block that must not depend on
-        the lengths themselves, as in a bucket it never does.
+        the tokens form sequences of their own, so that no token sees them; spare: int32, where each of those ends, for
+        varlen. varlen: for a variable-length kernel. compiled: for a block that must not depend on the lengths
+        themselves, as in a bucket it never does.
         """
         count = cu_seqlens.numel() - 1
         length = bucket or total
@@ -56,9 +58,8 @@ class Sequences:
             return Sequences(cu_seqlens, count, max_len, uniform=True)
         device = cu_seqlens.device
         if varlen:
-            if bucket:  # as many spare sequences as the bucket could ever need, so that their number is constant
-                spare = torch.arange(1, -(-bucket // max_len) + 1, dtype=torch.int32, device=device)
-                cu_seqlens = torch.cat([cu_seqlens, (total + spare * max_len).clamp_(max=bucket).int()])
+            if spare is not None and spare.numel():
+                cu_seqlens = torch.cat([cu_seqlens, spare])
             return Sequences(cu_seqlens, count, max_len, uniform=False, varlen=True)
         if not bucket and not compiled and device.type == "cpu":
             lengths = tuple(cu_seqlens.diff().tolist())
