@@ -130,19 +130,17 @@ def test_it_has_no_cpu_kernel_which_is_why_cpus_take_padded_batches():
 
 
 def test_the_backend_and_its_reason_on_cuda(monkeypatch):
-    cuda, choose = torch.device("cuda"), attention.choose_backend.__wrapped__
+    cuda, choose = torch.device("cuda", 0), attention.choose_backend.__wrapped__
     import torch.nn.attention as torch_attention
+    from torch.nn.attention import varlen
 
-    for name, reason in (
-        ("_NAME", "varlen_attn"),
-        ("_VARLEN", FlashAttn()),
-        ("_REASON", "torch's variable-length flash kernel"),
-    ):
-        monkeypatch.setattr(attention, name, reason)
+    for name, value in (("_NAME", "varlen_attn"), ("_VARLEN", FlashAttn()), ("_REASON", "torch's")):
+        monkeypatch.setattr(attention, name, value)
     attention._has_flash.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(varlen, "_should_use_cudnn", lambda index: False, raising=False)
     assert choose(cuda, False)[0] == "sdpa"
-    assert choose(cuda, True) == ("varlen_attn", "torch's variable-length flash kernel")
+    assert choose(cuda, True) == ("varlen_attn", "torch's: FlashAttention 2")
 
     activated = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -154,6 +152,14 @@ def test_the_backend_and_its_reason_on_cuda(monkeypatch):
 
     monkeypatch.setattr(torch_attention, "activate_flash_attention_impl", absent, raising=False)
     assert "FlashAttention 2 (3 is not available: No module named 'flash_attn_interface')" in choose(cuda, True)[1]
+
+    monkeypatch.setattr(varlen, "_should_use_cudnn", lambda index: index == 0, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92400)
+    assert choose(cuda, True)[1].startswith(
+        "torch's: cuDNN 9.24 where a sequence may have over 128 queries, else FlashAttention 2 (3"
+    )
+    monkeypatch.delattr(varlen, "_should_use_cudnn")  # torch 2.13 and before
+    assert "cuDNN" not in choose(cuda, True)[1]
 
 
 def test_heads_and_gpus_that_the_kernel_refuses_take_padded_batches(monkeypatch):

@@ -118,9 +118,7 @@ def _paths(chosen):
 
 
 def _context_path(chosen):
-    return Sequences.of(
-        chosen.context_cu, chosen.context_max, len(chosen.context_index), chosen.context_bucket
-    ).uniform
+    return Sequences.of(chosen.context_cu, chosen.context_max, len(chosen.context_index), chosen.context_bucket).uniform
 
 
 @pytest.mark.parametrize(
@@ -139,7 +137,9 @@ def test_a_batch_that_happens_to_be_dense_takes_the_path_of_the_others(name, cha
     rungs, steps = ladder(config, 16), 60
     usual = compile._usual(config, rungs, 16)
     plans = [plan(usual, config.num_tokens, rungs)]
-    contexts, predictors = (list(made(config, rungs, 16, usual.num_targets)) for made in (compile._contexts, compile._predictors))
+    contexts, predictors = (
+        list(made(config, rungs, 16, usual.num_targets)) for made in (compile._contexts, compile._predictors)
+    )
     assert [p.context_bucket for p in contexts] == ([*rungs.context] if len(rungs.context) > 1 else [])
     assert {p.predictor_bucket for p in predictors} <= {*rungs.predictor}
     warmed = {p.predictor_bucket for p in [*plans, *predictors]}

@@ -108,7 +108,9 @@ def test_on_batches_it_never_saw_padding_is_three_per_cent_at_most_and_nothing_i
             (len(chosen.predictor_order), chosen.predictor_bucket, chosen.predictor_spare, chosen.predictor_max),
         ):  # the rows behind the tokens: sequences that are neither empty nor too long, as many whatever the batch
             lengths = np.diff(spare.numpy(), prepend=total)
-            assert total + lengths.sum() == bucket and (not len(lengths) or 1 <= lengths.min() <= lengths.max() <= bound)
+            assert total + lengths.sum() == bucket and (
+                not len(lengths) or 1 <= lengths.min() <= lengths.max() <= bound
+            )
             counts.setdefault((bound, bucket), set()).add(len(lengths))
         behind = [min(len(chosen.context_spare), 1), min(len(chosen.predictor_spare), 1)]  # a row that must be there
         padded += [chosen.context_bucket - behind[0], chosen.predictor_bucket - behind[1]]

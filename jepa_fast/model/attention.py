@@ -112,7 +112,7 @@ def _find_varlen() -> tuple[str, Callable[..., Any] | None, str]:
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        return "varlen_attn", varlen_attn, f"torch's variable-length flash kernel{absent}"
+        return "varlen_attn", varlen_attn, f"torch's variable-length attention{absent}"
     except ImportError:
         return "sdpa", None, f"this torch has no variable-length kernel{absent or ' and flash-attn is not installed'}"
 
@@ -132,9 +132,29 @@ def choose_backend(device: torch.device, half: bool) -> tuple[str, str]:
         return "sdpa", "fp32: the variable-length kernels take fp16 and bf16 only"
     if not _has_flash(device):
         return "sdpa", "a GPU before Ampere: the variable-length kernels need compute capability 8.0"
-    if _NAME != "varlen_attn" or torch.cuda.get_device_capability(device)[0] != 9:
+    if _NAME != "varlen_attn":
         return _NAME, _REASON
-    return _NAME, f"{_REASON}, {_activate_flash3()}"
+    flash = "FlashAttention 2"
+    if torch.cuda.get_device_capability(device)[0] == 9:
+        flash = _activate_flash3()
+    if (cudnn := _torch_takes_cudnn(device)) is None:
+        return _NAME, f"{_REASON}: {flash}"
+    return _NAME, f"{_REASON}: {cudnn} where a sequence may have over {CUDNN_FROM} queries, else {flash}"
+
+
+CUDNN_FROM = 128  # queries of the longest sequence, beyond which torch 2.14 and later leave FlashAttention for cuDNN
+
+
+def _torch_takes_cudnn(device: torch.device) -> str | None:
+    """cuDNN and its version, if this torch's varlen_attn calls it for long sequences on this GPU."""
+    from torch.nn.attention import varlen
+
+    asks = getattr(varlen, "_should_use_cudnn", None)  # from torch 2.14
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if asks is None or not asks(index):
+        return None
+    version = torch.backends.cudnn.version() or 0
+    return f"cuDNN {version // 10000}.{version // 100 % 100}"
 
 
 def _activate_flash3() -> str:

@@ -89,7 +89,9 @@ def _encode(jepa: JEPA, masks: MaskPlan) -> Tensor:
 
 def _predict(jepa: JEPA, masks: MaskPlan) -> Tensor:
     device = masks.context_index.device
-    return jepa.predictor.packed(torch.zeros(len(masks.context_index), jepa.context_encoder.width, device=device), masks).sum()
+    return jepa.predictor.packed(
+        torch.zeros(len(masks.context_index), jepa.context_encoder.width, device=device), masks
+    ).sum()
 
 
 @contextmanager
