@@ -53,7 +53,12 @@ class OurStep:
         encoder, chosen = self.jepa.context_encoder, self.plan
         visible = encoder.tokenizer(self.images).flatten(0, 1).index_select(0, chosen.context_rows)
         return encoder.encode_packed(
-            visible, chosen.context_index, chosen.context_cu, chosen.context_max, chosen.context_bucket
+            visible,
+            chosen.context_index,
+            chosen.context_cu,
+            chosen.context_max,
+            chosen.context_bucket,
+            chosen.context_spare,
         )
 
     def predict(self, features: Tensor) -> Tensor:

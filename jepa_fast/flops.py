@@ -68,6 +68,11 @@ def _block(tokens: float, pairs: float, width: int, hidden: int) -> float:
     return tokens * (8 * width * width + 4 * width * hidden) + 4 * pairs * width
 
 
+def batch_rows(plan: MaskPlan) -> tuple[int, int, int]:
+    """(inputs, tokens of the context encoder, of the predictor) of a plan that no ladder rounded up."""
+    return plan.num_inputs, int(plan.context_cu[-1]), int(plan.predictor_cu[-1])
+
+
 def usual_plan(config: Config, share: int, batches: int = 8) -> list[MaskPlan]:
     """Plans of `batches` batches of `share` inputs, as a run of this configuration draws them."""
     plans = []
@@ -146,10 +151,10 @@ def state_bytes(config: Config) -> int:
     return sum(n * (STATE_BYTES if trained else EMA_BYTES) for n, trained in sizes)
 
 
-def activation_bytes(config: Config, plan: MaskPlan) -> float:
+def activation_bytes(config: Config, inputs: int, context: int, sequences: int) -> float:
     """Estimated bytes that the forward of a step leaves for its backward, with the target features and one block's work.
 
-    A block keeps, a token and in units of its width: two inputs of LayerNorms in the residual's precision, and in that
+    inputs: of the batch; context, sequences: rows that the context encoder's and the predictor's blocks run on. A block keeps, a token and in units of its width: two inputs of LayerNorms in the residual's precision, and in that
     of the products the LayerNorms' outputs, q k v, the attention's output, and the MLP's two layers before and after
     GELU. With `parallel.recompute` only the products' outputs and one residual, or nothing but the block's input, and
     what one block then makes again.
@@ -166,12 +171,11 @@ def activation_bytes(config: Config, plan: MaskPlan) -> float:
             config.parallel.recompute
         ]
 
-    context, sequences = int(plan.context_cu[-1]), int(plan.predictor_cu[-1])
     wide, wide_kept = each(model.width, model.mlp_ratio)
     narrow, narrow_kept = each(model.predictor_width, model.predictor_mlp_ratio)
     kept = model.depth * context * wide_kept + model.predictor_depth * sequences * narrow_kept
     again = max(context * (wide - wide_kept), sequences * (narrow - narrow_kept))
-    target = plan.num_inputs * config.num_tokens * (4 * model.width + wide)  # float32 features, and a block at a time
+    target = inputs * config.num_tokens * (4 * model.width + wide)  # float32 features, and a block at a time
     return kept + again + target
 
 
@@ -241,7 +245,7 @@ def table(config: Config, share: int) -> str:
         f"  {'total':18}{total / inputs / 1e9:10.2f}",
         "",
         f"memory: {state_bytes(config) / 2**30:.2f} GiB of weights, gradients, AdamW and EMA (counted);"
-        f" {activation_bytes(config, plans[0]) / 2**30:.2f} GiB of activations at {share} inputs (estimated)",
+        f" {activation_bytes(config, *batch_rows(plans[0])) / 2**30:.2f} GiB of activations at {share} inputs (estimated)",
         "",
         f"PREDICTIONS, not measurements: one device, {share} inputs, bf16, residual {config.model.residual}; products at"
         f" {ATTAINED:.0%} of the datasheet, then memory traffic.",

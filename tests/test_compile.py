@@ -21,7 +21,7 @@ from jepa_fast.monitor import Examination
 from jepa_fast.monitor.fixed_masks import FixedMasks
 from jepa_fast.presets import preset
 
-RUNGS = Ladder((260, 504), (1300, 2496), 63, 78, 15)
+RUNGS = Ladder((260, 504), (1300, 2496), 64, 79, 16)
 CPU = torch.device("cpu")
 
 
@@ -83,15 +83,42 @@ def test_after_warm_up_nothing_is_compiled_and_values_are_those_of_eager_blocks(
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_warm_up_takes_a_usual_batchs_memory_whatever_the_largest_rung():
+    """What is kept for the backward: the largest rungs, twice a usual batch and more, are met by one block of each kind."""
+    config = _config(**{"model.depth": 6, "model.predictor_depth": 6})
+    jepa, kept, most = JEPA(config), 0, list[int]()
+
+    def note(tensor):
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    def precision():
+        nonlocal kept
+        most.append(kept)
+        kept = 0
+        return contextlib.nullcontext()
+
+    roomy = Ladder((260, 504), (1300, 3200), 64, 79, 16)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        passes = warm_up(jepa, config, roomy, 8, CPU, precision)
+    *rungs, usual = [*most[1:], kept]
+    assert passes == 2 + 2 + 1 and max(rungs) < usual
+    assert len(jepa.context_encoder.blocks) == len(jepa.predictor.blocks) == 6
+
+
 def _paths(chosen):
     """Whether attention takes the dense path in the encoder, the predictor and its last block: a graph depends on it."""
-    context = Sequences.of(chosen.context_cu, chosen.context_max, len(chosen.context_index), chosen.context_bucket)
     total, bucket = len(chosen.predictor_order), chosen.predictor_bucket
     inner, last = (
         Sequences.of(chosen.predictor_cu, chosen.predictor_max, total, b, compiled=True) for b in (bucket, 0)
     )
     queries = Sequences.of(chosen.target_cu, chosen.target_max, len(chosen.target_index), compiled=True)
-    return context.uniform, inner.uniform, last.uniform, queries.uniform
+    return inner.uniform, last.uniform, queries.uniform
+
+
+def _context_path(chosen):
+    return Sequences.of(chosen.context_cu, chosen.context_max, len(chosen.context_index), chosen.context_bucket).uniform
 
 
 @pytest.mark.parametrize(
@@ -108,13 +135,22 @@ def _paths(chosen):
 def test_a_batch_that_happens_to_be_dense_takes_the_path_of_the_others(name, changes, dense):
     config = check(replace(preset(name), {"train.batch_size": 16} | changes))
     rungs, steps = ladder(config, 16), 60
-    plans = list(compile._plans(config, rungs, 16))
+    usual = compile._usual(config, rungs, 16)
+    plans = [plan(usual, config.num_tokens, rungs)]
+    contexts, predictors = (
+        list(made(config, rungs, 16, usual.num_targets)) for made in (compile._contexts, compile._predictors)
+    )
+    assert [p.context_bucket for p in contexts] == ([*rungs.context] if len(rungs.context) > 1 else [])
+    assert {p.predictor_bucket for p in predictors} <= {*rungs.predictor}
+    warmed = {p.predictor_bucket for p in [*plans, *predictors]}
     for step in range(steps + 1):
         samples = np.arange(16) + 16 * step
         masks = schedules.masks(config.masks, step, steps)
         drawn = sample_masks(masks, config.grid, config.train.seed, step, np.zeros_like(samples), samples)
         plans.append(plan(drawn, config.num_tokens, rungs))
-    assert {_paths(each) for each in plans} == {dense}
+    assert {p.predictor_bucket for p in plans} <= warmed
+    assert {_paths(each) for each in plans + predictors} == {dense[1:]}
+    assert {_context_path(each) for each in plans + contexts} == {dense[0]}
 
 
 def test_an_examination_compiles_nothing():

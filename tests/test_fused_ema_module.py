@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_ema import FusedEMA, available_backends, warmup
 
@@ -249,6 +250,24 @@ def test_the_mirror_holds_the_average_from_the_start_and_after_loading():
     assert torch.equal(mirror[1].running_mean, model[1].running_mean.bfloat16())
     ema.load_state_dict(state)
     assert torch.equal(mirror[0].weight, ema.module[0].weight.bfloat16())
+
+
+def test_it_is_built_and_updated_under_fake_tensors_and_still_sees_what_is_shared():
+    """Fake tensors have no addresses: what is one tensor is told by its storage."""
+    with FakeTensorMode():
+        model, target = network(), network()
+        for averaged, ema in (  # torch copies no fake buffer, so BatchNorm's average is given
+            (model, FusedEMA(model, decay=0.9, target=target)),
+            (model[2], FusedEMA(model[2], decay=0.9)),
+        ):
+            assert ema.update(gate=torch.ones((), dtype=torch.bool)).distance_sq.shape == (len(ema.names),)
+            assert ema.names == [name for name, _ in averaged.named_parameters()]
+        model[2][1].weight = nn.Parameter(torch.empty(8, 8))
+        model[2][0].weight = model[2][1].weight
+        assert FusedEMA(model[2], decay=0.9).names == ["0.weight", "0.bias", "1.bias"]
+        target[0].weight = model[0].weight
+        with pytest.raises(ValueError, match=r"'0\.weight' is the same tensor in both"):
+            FusedEMA(model, decay=0.9, target=target)
 
 
 def test_a_default_device_or_dtype_of_the_process_changes_nothing():

@@ -74,7 +74,10 @@ def test_a_ladder_rounds_totals_up_and_fixes_lengths():
     chosen = plan(masks, 16, ANY)
     assert (chosen.context_bucket, chosen.predictor_bucket) == (20, 40)
     assert (chosen.context_max, chosen.predictor_max, chosen.target_max) == (9, 12, 5)
-    assert [Ladder.rung((10, 20), n) for n in (1, 10, 11, 20, 21, 45)] == [10, 10, 20, 20, 40, 60]
+    # (bucket, sequences behind the tokens, none empty and none over 4): a rung's own number, but for very few tokens
+    expected = {1: (10, 3), 6: (10, 2), 8: (10, 2), 9: (20, 3), 17: (20, 3), 18: (20, 1), 45: (60, 4)}
+    assert {n: Ladder.rung((10, 20), n, 4) for n in expected} == expected
+    assert Ladder.rung((10,), 10, 4) == (10, 0), "totals that never vary fill their bucket"
 
 
 CASES = [
@@ -92,7 +95,7 @@ def test_on_batches_it_never_saw_padding_is_three_per_cent_at_most_and_nothing_i
     config = change(preset(name), {"masks.mode": mode, "train.batch_size": batch})
     rungs = ladder(config, share)
     assert len(rungs.context) <= 18 and len(rungs.predictor) <= 18
-    padded, real = np.zeros(2), np.zeros(2)
+    padded, real, counts = np.zeros(2), np.zeros(2), dict[tuple[int, int], set[int]]()
     for step in range(5000, 5080):
         samples = np.arange(batch) + step * batch
         masks = sample_masks(config.masks, config.grid, 7, step, np.zeros_like(samples), samples, 0, share)
@@ -100,9 +103,20 @@ def test_on_batches_it_never_saw_padding_is_three_per_cent_at_most_and_nothing_i
         assert chosen.context_bucket in rungs.context and chosen.predictor_bucket in rungs.predictor
         assert chosen.context_max == rungs.context_max and chosen.predictor_max == rungs.predictor_max
         assert chosen.target_max == rungs.target_max
-        padded += [chosen.context_bucket, chosen.predictor_bucket]
+        for total, bucket, spare, bound in (
+            (len(chosen.context_index), chosen.context_bucket, chosen.context_spare, chosen.context_max),
+            (len(chosen.predictor_order), chosen.predictor_bucket, chosen.predictor_spare, chosen.predictor_max),
+        ):  # the rows behind the tokens: sequences that are neither empty nor too long, as many whatever the batch
+            lengths = np.diff(spare.numpy(), prepend=total)
+            assert total + lengths.sum() == bucket and (
+                not len(lengths) or 1 <= lengths.min() <= lengths.max() <= bound
+            )
+            counts.setdefault((bound, bucket), set()).add(len(lengths))
+        behind = [min(len(chosen.context_spare), 1), min(len(chosen.predictor_spare), 1)]  # a row that must be there
+        padded += [chosen.context_bucket - behind[0], chosen.predictor_bucket - behind[1]]
         real += [len(chosen.context_index), len(chosen.predictor_order)]
     assert (padded / real <= 1.03).all(), padded / real - 1
+    assert all(len(each) == 1 for each in counts.values())
 
 
 def test_where_totals_cannot_vary_there_is_one_rung_and_no_padding():

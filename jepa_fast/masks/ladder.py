@@ -26,9 +26,31 @@ class Ladder:
     target_max: int
 
     @staticmethod
-    def rung(rungs: tuple[int, ...], total: int) -> int:
-        """The smallest rung that holds `total` tokens; beyond the last, the next multiple of it."""
-        return next((r for r in rungs if r >= total), -(-total // rungs[-1]) * rungs[-1])
+    def rung(rungs: tuple[int, ...], total: int, longest: int) -> tuple[int, int]:
+        """(bucket, spare): the smallest rung that holds `total` tokens, and how many sequences the rows behind them form.
+
+        Their number is a rung's own, and none is empty or longer than `longest`: a kernel sees the same shapes whatever
+        the batch, and cuDNN before 9.25 is wrong about empty sequences. Beyond the last rung, its next multiple.
+        """
+        if rungs == (total,):
+            return total, 0
+        for rung, spare in zip(rungs, spares(rungs, longest), strict=True):
+            if total + spare <= rung:
+                return rung, max(spare, -(-(rung - total) // longest))
+        beyond = (total // rungs[-1] + 1) * rungs[-1]
+        return beyond, -(-(beyond - total) // longest)
+
+
+def spares(rungs: tuple[int, ...], longest: int) -> list[int]:
+    """Sequences behind the tokens at every rung: enough for the fewest tokens that are rounded up to it.
+
+    Those of the first rung fill half of it: less than that is so seldom that it may cost a compilation.
+    """
+    counts, fewest = list[int](), rungs[0] // 2
+    for rung in rungs:
+        counts.append(-(-(rung - fewest) // longest))
+        fewest = rung - counts[-1] + 1
+    return counts
 
 
 def ladder(config: Config, share: int) -> Ladder:
@@ -48,14 +70,15 @@ def ladder(config: Config, share: int) -> Ladder:
         targets |= set(drawn.target_lengths.tolist())
     longest_context, longest_target = longest(config)
     together = min(longest_context + longest_target, config.num_tokens)  # they do not overlap
-    context_rungs = _rungs(context, share * longest_context)
-    predictor_rungs = _rungs(predictor, share * drawn.num_targets * together)
+    most_context, most_predictor = share * longest_context, share * drawn.num_targets * together
     # Where lengths vary, a bound that none reaches: a batch of longest ones only would be a dense one, and need another graph.
+    context_max = longest_context + (min(context) < most_context)
+    predictor_max = together + (min(predictor) < most_predictor)
     return Ladder(
-        context_rungs,
-        predictor_rungs,
-        longest_context + (len(context_rungs) > 1),
-        together + (len(predictor_rungs) > 1),
+        _rungs(context, most_context, context_max),
+        _rungs(predictor, most_predictor, predictor_max),
+        context_max,
+        predictor_max,
         longest_target + (targets != {longest_target}),
     )
 
@@ -67,17 +90,21 @@ def longest(config: Config) -> tuple[int, int]:
     return max(context), max(target)
 
 
-def _rungs(totals: list[int], most: int) -> tuple[int, ...]:
+def _rungs(totals: list[int], most: int, longest: int) -> tuple[int, ...]:
     """The fewest rungs that pad the totals seen by PADDING on average, one further, then the most there can be."""
     if min(totals) == most:
         return (most,)
     seen = np.quantile(totals, np.linspace(0, 1, 129), method="higher")  # 128 equally likely totals, rising
-    best, rungs = np.cumsum(seen[-1] - seen)[-1], [int(seen[-1])]
+    best, held = np.cumsum(seen[-1] - seen)[-1], [int(seen[-1])]
     while best > PADDING * seen.sum():
-        best, rungs = _cheapest(seen, len(rungs) + 1)
+        best, held = _cheapest(seen, len(held) + 1)
     step = 64 if seen[0] >= 16384 else 8 if seen[0] >= 2048 else 1
-    rounded = {-(-math.ceil(r) // step) * step for r in (*rungs, seen[-1] * (1 + 2 * PADDING))}
-    return (*sorted(r for r in rounded if r < most), most)
+    rungs, below = list[int](), held[0] // 2
+    for total in sorted({min(n, most) for n in (*held, math.ceil(seen[-1] * (1 + 2 * PADDING)), most)}):
+        spare = -(-(total - below + step) // max(longest - 1, 1))  # at least what `spares` will count
+        rungs.append(max(-(-(total + spare) // step) * step, rungs[-1] + step if rungs else 0))
+        below = total
+    return tuple(rungs)
 
 
 def _cheapest(totals: np.ndarray, count: int) -> tuple[float, list[int]]:

@@ -30,6 +30,7 @@ class MaskPlan:
     context_cu: Tensor  # int32 [B + 1], where each image's context begins
     context_max: int  # longest context, or the ladder's bound on it
     context_bucket: int  # rows the encoder's blocks run on, Tc rounded up by the ladder; 0: on Tc
+    context_spare: Tensor  # int32 [K], where each sequence of the rows behind the tokens ends; none of them is empty
     target_index: Tensor  # int64 [Tt], ordered by (image, target block, token)
     target_rows: Tensor  # int64 [Tt], row of the flattened [B * N] tokens
     target_weight: Tensor  # float32 [Tt], 1 / (B * target tokens of the image): sums to 1
@@ -38,6 +39,7 @@ class MaskPlan:
     predictor_cu: Tensor  # int32 [B * num_targets + 1]
     predictor_max: int  # longest of them, or the ladder's bound
     predictor_bucket: int  # as context_bucket, of Tp
+    predictor_spare: Tensor  # as context_spare
     target_cu: Tensor  # int32 [B * num_targets + 1], where each target block begins
     target_max: int  # largest target block, or the ladder's bound
 
@@ -59,6 +61,11 @@ class MaskPlan:
         return replace(self, **changed)
 
 
+def spare_ends(total: int, bucket: int, count: int) -> Tensor:
+    """int32 [count]: the rows from `total` to `bucket`, shared out evenly."""
+    return torch.from_numpy((total + np.arange(1, count + 1) * (bucket - total) // max(count, 1)).astype(np.int32))
+
+
 def plan(masks: MaskBatch, num_tokens: int, ladder: Ladder | None = None) -> MaskPlan:
     """The MaskPlan of `masks` for images of `num_tokens` tokens; its totals rounded up by `ladder`, if one is given.
 
@@ -68,16 +75,29 @@ def plan(masks: MaskBatch, num_tokens: int, ladder: Ladder | None = None) -> Mas
     module = extension()
     made = _indices_in_cpp(module, masks, num_tokens) if module else indices_by_numpy(masks, num_tokens)
     bounds = ladder or Ladder((0,), (0,), 0, 0, 0)
+    context_max = max(bounds.context_max, int(masks.context_lengths.max()))
+    predictor_max = max(bounds.predictor_max, int((masks.context_lengths + masks.target_lengths).max()))
+    context_bucket, context_spare = _bucket(bounds.context, len(masks.context), context_max)
+    predictor_bucket, predictor_spare = _bucket(bounds.predictor, len(made["predictor_order"]), predictor_max)
     return MaskPlan(
         context_index=torch.from_numpy(masks.context),
-        context_max=max(bounds.context_max, int(masks.context_lengths.max())),
-        context_bucket=Ladder.rung(ladder.context, len(masks.context)) if ladder else 0,
+        context_max=context_max,
+        context_bucket=context_bucket,
+        context_spare=context_spare,
         target_index=torch.from_numpy(masks.targets),
-        predictor_max=max(bounds.predictor_max, int((masks.context_lengths + masks.target_lengths).max())),
-        predictor_bucket=Ladder.rung(ladder.predictor, len(made["predictor_order"])) if ladder else 0,
+        predictor_max=predictor_max,
+        predictor_bucket=predictor_bucket,
+        predictor_spare=predictor_spare,
         target_max=max(bounds.target_max, int(masks.target_lengths.max())),
         **{name: torch.from_numpy(values) for name, values in made.items()},
     )
+
+
+def _bucket(rungs: tuple[int, ...], total: int, longest: int) -> tuple[int, Tensor]:
+    if rungs == (0,):
+        return 0, torch.zeros(0, dtype=torch.int32)
+    bucket, spare = Ladder.rung(rungs, total, longest)
+    return bucket, spare_ends(total, bucket, spare)
 
 
 def _indices_in_cpp(module: ModuleType, masks: MaskBatch, num_tokens: int) -> dict[str, np.ndarray]:

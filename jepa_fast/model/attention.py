@@ -42,13 +42,15 @@ class Sequences:
 
     @staticmethod
     def of(
-        cu_seqlens: Tensor, max_len: int, total: int, bucket: int = 0, varlen: bool = False, compiled: bool = False
-    ) -> "Sequences":
+        cu_seqlens: Tensor, max_len: int, total: int, bucket: int = 0, varlen: bool = False, compiled: bool = False,
+        spare: Tensor | None = None,
+    ) -> "Sequences":  # fmt: skip
         """From cumulative lengths [S + 1], a bound on the longest, and the number of tokens; no host synchronisation.
 
         bucket: length of the packed tensor where it is longer than its `total` tokens (0: it is not). The rows behind
-        the tokens form sequences of their own, so that no token sees them. varlen: for a variable-length kernel. compiled: for a block that must not depend on
-        the lengths themselves, as in a bucket it never does.
+        the tokens form sequences of their own, so that no token sees them; spare: int32, where each of those ends, for
+        varlen. varlen: for a variable-length kernel. compiled: for a block that must not depend on the lengths
+        themselves, as in a bucket it never does.
         """
         count = cu_seqlens.numel() - 1
         length = bucket or total
@@ -56,9 +58,8 @@ class Sequences:
             return Sequences(cu_seqlens, count, max_len, uniform=True)
         device = cu_seqlens.device
         if varlen:
-            if bucket:  # as many spare sequences as the bucket could ever need, so that their number is constant
-                spare = torch.arange(1, -(-bucket // max_len) + 1, dtype=torch.int32, device=device)
-                cu_seqlens = torch.cat([cu_seqlens, (total + spare * max_len).clamp_(max=bucket).int()])
+            if spare is not None and spare.numel():
+                cu_seqlens = torch.cat([cu_seqlens, spare])
             return Sequences(cu_seqlens, count, max_len, uniform=False, varlen=True)
         if not bucket and not compiled and device.type == "cpu":
             lengths = tuple(cu_seqlens.diff().tolist())
@@ -111,7 +112,7 @@ def _find_varlen() -> tuple[str, Callable[..., Any] | None, str]:
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        return "varlen_attn", varlen_attn, f"torch's variable-length flash kernel{absent}"
+        return "varlen_attn", varlen_attn, f"torch's variable-length attention{absent}"
     except ImportError:
         return "sdpa", None, f"this torch has no variable-length kernel{absent or ' and flash-attn is not installed'}"
 
@@ -131,9 +132,29 @@ def choose_backend(device: torch.device, half: bool) -> tuple[str, str]:
         return "sdpa", "fp32: the variable-length kernels take fp16 and bf16 only"
     if not _has_flash(device):
         return "sdpa", "a GPU before Ampere: the variable-length kernels need compute capability 8.0"
-    if _NAME != "varlen_attn" or torch.cuda.get_device_capability(device)[0] != 9:
+    if _NAME != "varlen_attn":
         return _NAME, _REASON
-    return _NAME, f"{_REASON}, {_activate_flash3()}"
+    flash = "FlashAttention 2"
+    if torch.cuda.get_device_capability(device)[0] == 9:
+        flash = _activate_flash3()
+    if (cudnn := _torch_takes_cudnn(device)) is None:
+        return _NAME, f"{_REASON}: {flash}"
+    return _NAME, f"{_REASON}: {cudnn} where a sequence may have over {CUDNN_FROM} queries, else {flash}"
+
+
+CUDNN_FROM = 128  # queries of the longest sequence, beyond which torch 2.14 and later leave FlashAttention for cuDNN
+
+
+def _torch_takes_cudnn(device: torch.device) -> str | None:
+    """cuDNN and its version, if this torch's varlen_attn calls it for long sequences on this GPU."""
+    from torch.nn.attention import varlen
+
+    asks = getattr(varlen, "_should_use_cudnn", None)  # from torch 2.14
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if asks is None or not asks(index):
+        return None
+    version = torch.backends.cudnn.version() or 0
+    return f"cuDNN {version // 10000}.{version // 100 % 100}"
 
 
 def _activate_flash3() -> str:

@@ -67,7 +67,7 @@ class JEPA(nn.Module):
 
         visible = patches.flatten(0, 1).index_select(0, plan.context_rows)  # [Tc, P]
         context = self.context_encoder.encode_packed(
-            visible, plan.context_index, plan.context_cu, plan.context_max, plan.context_bucket
+            visible, plan.context_index, plan.context_cu, plan.context_max, plan.context_bucket, plan.context_spare
         )  # [Tc, D]
         prediction = self.predictor.packed(context, plan)  # [Tt, D]
 

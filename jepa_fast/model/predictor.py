@@ -63,7 +63,11 @@ class Predictor(nn.Module):
         varlen, rows, bucket = uses_varlen(x, self.head_width), plan.predictor_targets, plan.predictor_bucket
         last = Sequences.of(plan.predictor_cu, plan.predictor_max, len(x), varlen=varlen, compiled=bucket > 0)
         queries = Sequences.of(plan.target_cu, plan.target_max, len(rows), varlen=varlen, compiled=bucket > 0)
-        sequences = Sequences.of(plan.predictor_cu, plan.predictor_max, len(x), bucket, varlen) if bucket else last
+        sequences = last
+        if bucket:
+            sequences = Sequences.of(
+                plan.predictor_cu, plan.predictor_max, len(x), bucket, varlen, spare=plan.predictor_spare
+            )
         return self.proj(self.norm(self._run(x, sequences, rows, last, queries, bucket)))
 
     def _place(self, context: Tensor, index: Tensor) -> Tensor:

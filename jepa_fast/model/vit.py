@@ -123,14 +123,17 @@ class Encoder(nn.Module):
         return self.encode_packed(patches, positions, cu_seqlens, max_len)
 
     def encode_packed(
-        self, patches: Tensor, positions: Tensor, cu_seqlens: Tensor, max_len: int, bucket: int = 0
-    ) -> Tensor:
+        self, patches: Tensor, positions: Tensor, cu_seqlens: Tensor, max_len: int, bucket: int = 0,
+        spare: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """`packed` of a plan's tokens, which fit together: it reads nothing back.
 
         bucket: the blocks run on that many rows (at least T, 0: on T), which changes no feature and keeps shapes static.
+        spare: int32, where each sequence of the rows behind the tokens ends.
         """
         x = self._enter(self._embed(patches) + self.positions[positions])
-        sequences = Sequences.of(cu_seqlens, max_len, len(x), bucket, uses_varlen(x, self.head_width))
+        varlen = uses_varlen(x, self.head_width)
+        sequences = Sequences.of(cu_seqlens, max_len, len(x), bucket, varlen, spare=spare)
         return self._leave(self._run(pad_rows(x, bucket), sequences)[: len(x)])
 
     def _dense(self, patches: Tensor, positions: Tensor) -> Tensor:

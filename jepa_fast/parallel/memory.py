@@ -1,5 +1,6 @@
 """What fits: bytes of every mode, worked out without a device, and the choice that follows."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -7,9 +8,9 @@ from functools import cache
 import torch
 from torch import nn
 
-from jepa_fast.config import Config, replace
-from jepa_fast.flops import EMA_BYTES, STATE_BYTES, activation_bytes, usual_plan
-from jepa_fast.masks.packing import MaskPlan
+from jepa_fast.config import Config, Parallel, replace
+from jepa_fast.flops import EMA_BYTES, STATE_BYTES, activation_bytes
+from jepa_fast.masks.ladder import ladder
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.parallel.world import World, check_split
 
@@ -99,7 +100,7 @@ def _capacity(world: World) -> float:
 def need(config: Config, mode: str, size: int, shards: int) -> Need:
     """Bytes of one process in `mode`: float32 weights, gradients and two moments; the target encoder's weights.
 
-    Activations are an estimate (`flops.activation_bytes`).
+    Activations are an estimate (`flops.activation_bytes`), for the longest batch that the masks are seen to give.
     """
     encoder, predictor = _count(config)
     cut = shards if mode in ("fsdp", "hsdp") else 1
@@ -141,16 +142,17 @@ def _sized(config: Config) -> Config:
     return replace(config, open_fields)
 
 
-DRAWN = 64  # inputs whose masks stand for all
-
-
 def _activations(config: Config, inputs: int) -> float:
-    return activation_bytes(config, _usual(config)) * inputs / DRAWN
+    """Of the longest batch that a run is to expect: masks vary, and a run must not end on its longest ones."""
+    return activation_bytes(config, inputs, *_longest_batch(dataclasses.replace(config, parallel=Parallel()), inputs))
 
 
 @cache
-def _usual(config: Config) -> MaskPlan:
-    return usual_plan(config, DRAWN, batches=1)[0]
+def _longest_batch(config: Config, inputs: int) -> tuple[int, int]:
+    """Rows of context encoder and predictor: the last rung but that one which holds what no run will draw."""
+    rungs = ladder(config, inputs)
+    context, predictor = (r[-2:][0] for r in (rungs.context, rungs.predictor))
+    return context, predictor
 
 
 def dry_run(config: Config, size: int) -> str:

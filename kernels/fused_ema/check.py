@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 MAX_LAYER = 2**24 - 1  # the result has an entry for every number up to the largest
@@ -123,7 +124,7 @@ def check_overlap(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[st
         for name, tensor in tensors:
             if not tensor.numel():
                 continue
-            if not tensor.data_ptr():
+            if not address(tensor):
                 raise TypeError(f"{name} is a {type(tensor).__name__} without memory of its own; average what it wraps")
             if writes and _overlaps_itself(tensor):
                 raise ValueError(f"{name} overlaps itself (an expanded view); give it storage of its own")
@@ -139,6 +140,14 @@ def check_overlap(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[st
                 mend = "pass shared storage once" if writes and other_writes else "the average needs storage of its own"
                 raise ValueError(f"{one} and {two} overlap in memory; {mend}")
         reaching.append(span)
+
+
+def address(tensor: Tensor) -> int:
+    """Of the first byte. A fake tensor has none: one made of its storage's identity, far from all others'."""
+    if isinstance(tensor, FakeTensor):
+        begin: int = tensor.untyped_storage()._cdata << 48
+        return begin + int(tensor.storage_offset()) * tensor.element_size()
+    return tensor.data_ptr()
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -177,7 +186,7 @@ def _meet(a: Tensor, b: Tensor) -> bool:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Addresses of the first byte and of the one past the last."""
-    begin = tensor.data_ptr()
+    begin = address(tensor)
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (last + 1) * tensor.element_size()
 
@@ -186,4 +195,4 @@ def _bytes_in(memory: Tensor, begin: int, tensor: Tensor) -> Tensor:
     """The view of `memory`, one entry a byte from address `begin`, that the tensor's elements cover."""
     size = tensor.element_size()
     strides = [stride * size for stride in tensor.stride()]
-    return memory.as_strided((*tensor.shape, size), (*strides, 1), tensor.data_ptr() - begin)
+    return memory.as_strided((*tensor.shape, size), (*strides, 1), address(tensor) - begin)

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fused_ema.op import local
@@ -21,7 +22,8 @@ def frozen_copy(model: nn.Module, device: torch.device | str | None) -> nn.Modul
         raise ValueError(
             "the model is sharded: build the averaged module, shard it the same way and pass it as target="
         )
-    averaged = copy.deepcopy(model).requires_grad_(False)
+    modes = (t.fake_mode for t in model.state_dict().values() if isinstance(t, FakeTensor))
+    averaged = copy.deepcopy(model, {id(mode): mode for mode in modes}).requires_grad_(False)  # fake in the same mode
     if device is not None:
         averaged = averaged.to(device)
     float32: dict[int, Tensor] = {}  # tied parameters stay tied

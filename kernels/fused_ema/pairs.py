@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from fused_ema.check import check_dense, check_dtype, check_overlap, check_placements
+from fused_ema.check import address, check_dense, check_dtype, check_overlap, check_placements
 from fused_ema.op import local, shards
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and activation checkpointing put into names
@@ -127,7 +127,7 @@ def storage_key(tensor: Tensor) -> tuple:
     shard = local(tensor)
     if not shard.numel():
         return (id(tensor),)
-    return (shard.device, shard.data_ptr(), tuple(shard.shape), shard.stride())
+    return (shard.device, address(shard), tuple(shard.shape), shard.stride())
 
 
 def check_alike(pair: Pair, roles: Roles = ("model", "target")) -> None:
