@@ -19,7 +19,8 @@ from jepa_fast.errors import UsageError
 from jepa_fast.interop import load_jepa, load_official
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import skill
-from jepa_fast.monitor.views import FixedMasks
+from jepa_fast.monitor.fixed_masks import FixedMasks
+from jepa_fast.monitor.heldout import objective
 
 NAMES = {
     "constant": "the constant of each position",
@@ -97,7 +98,7 @@ def predictor_skill(
         raise UsageError(f"{path} does not say what it was trained on: give the data")
     if data is not None:
         config = replace(config, {"data.path": str(data), "data.embedded": "", "data.label_filter": ""})
-    dataset = open_dataset(config)
+    dataset = open_dataset(config, typed=data is not None)
     inputs = fixed_draw(dataset.probe_test or dataset.train, num_inputs)[0]
     size = (config.data.image_size,) * 2 if config.data.kind == "images" else (config.data.series_length,)
     if inputs.shape[1:] != (config.data.channels, *size):
@@ -118,14 +119,14 @@ def measure(jepa: JEPA, config: Config, inputs: np.ndarray, batch_size: int, dev
     shares: list[float] = []
     for view in range(len(inputs) // size):
         plan = masks.plan(size, view).to(device)
-        out = jepa(torch.from_numpy(inputs[view * size : (view + 1) * size]).to(device), plan)
-        targets, context = jepa.normalise(out.target), jepa.normalise(out.context)
+        seen = objective(jepa, torch.from_numpy(inputs[view * size : (view + 1) * size]).to(device), plan)
         losses = skill.trivial_losses(
-            targets, context, plan.context_rows, plan.target_rows, plan.target_weight, jepa.loss, config.grid
-        )
-        own.append(float(out.loss))
+            seen.targets, seen.context, plan.context_rows, plan.target_rows, plan.target_weight, jepa.loss, config.grid,
+            centred=seen.centred,
+        )  # fmt: skip
+        own.append(float(seen.loss))
         others.append({name: float(value) for name, value in losses.items()})
-        shares.append(float(skill.position_share(targets)))
+        shares.append(float(skill.position_share(seen.targets)))
     skills = {name: _skill(own, [losses[name] for losses in others]) for name in NAMES}
     least, error = min((pair for pair in skills.values() if not math.isnan(pair[0])), default=(math.nan, math.nan))
     return PredictorSkill(

@@ -13,9 +13,9 @@ from PIL import Image
 import jepa_fast
 from jepa_fast import trivial
 from jepa_fast.config import IMAGENET_MEAN, IMAGENET_STD, Masks
-from jepa_fast.data.masks import sample_masks
 from jepa_fast.diagnose import main
 from jepa_fast.errors import UsageError
+from jepa_fast.masks.sample import sample_masks
 
 # width, depth, heads, MLP, patch, grid, predictor width and depth, of a ViT as facebookresearch/ijepa writes it
 SIZES = (48, 2, 4, 96, 8, 6, 24, 2)
@@ -175,14 +175,14 @@ def test_a_predictor_that_says_the_same_of_every_input_has_no_skill_whatever_its
 def test_a_predictor_that_knows_the_targets_has_skill_one(there, monkeypatch):
     photos(there / "photos")
     path, _ = official(there)
-    forward = trivial.JEPA.forward
+    objective = trivial.objective
 
-    def clairvoyant(self, inputs, plan):
-        targets = self.normalise(self.target_encoder(inputs)).flatten(0, 1)[plan.target_rows]
-        monkeypatch.setattr(self.predictor, "packed", lambda context, plan: targets)
-        return forward(self, inputs, plan)
+    def clairvoyant(jepa, inputs, plan):
+        targets = F.layer_norm(jepa.target_encoder(inputs), (SIZES[0],)).flatten(0, 1)[plan.target_rows]
+        monkeypatch.setattr(jepa.predictor, "packed", lambda context, plan: targets)
+        return objective(jepa, inputs, plan)
 
-    monkeypatch.setattr(trivial.JEPA, "forward", clairvoyant)
+    monkeypatch.setattr(trivial, "objective", clairvoyant)
     found = jepa_fast.predictor_skill(path, there / "photos", heads=HEADS)
     assert found.skill == pytest.approx(1) and found.better
     assert str(found).startswith("the predictor is better than the best trivial one, ")

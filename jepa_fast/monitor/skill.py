@@ -49,7 +49,7 @@ def trivial_skills(
     and its loss is taken as it is.
     """
     losses = trivial_losses(
-        targets, context, visible, hidden, weight, kind, grid, num_processes=num_processes, mean=mean
+        targets, context, visible, hidden, weight, kind, grid, num_processes=num_processes, mean=mean, centred=centred
     )
     own = mean(loss.detach())
     skills = {name: 1 - own / other for name, other in losses.items()}
@@ -60,7 +60,7 @@ def trivial_skills(
 
 def trivial_losses(
     targets: Tensor, context: Tensor, visible: Tensor, hidden: Tensor, weight: Tensor, kind: str, grid: tuple[int, ...],
-    *, num_processes: int = 1, mean: Reduce = alone,
+    *, num_processes: int = 1, mean: Reduce = alone, centred: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The losses of the three trivial predictors, `constant`, `copy` and `context_mean`: `trivial_skills`'s arguments."""
     b, n, _ = targets.shape
