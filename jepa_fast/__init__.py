@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jepa_fast.api import Features as Features
+    from jepa_fast.api import PredictorSkill as PredictorSkill
     from jepa_fast.api import Pretrained as Pretrained
     from jepa_fast.api import features as features
     from jepa_fast.api import lidar as lidar
     from jepa_fast.api import load_encoder as load_encoder
+    from jepa_fast.api import predictor_skill as predictor_skill
     from jepa_fast.api import probe_scores as probe_scores
     from jepa_fast.api import rankme as rankme
     from jepa_fast.api import untrained as untrained
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _NOTEBOOK = (
     "Features",
+    "PredictorSkill",
     "Pretrained",
     "features",
     "lidar",
     "load_encoder",
+    "predictor_skill",
     "probe_scores",
     "rankme",
     "untrained",

@@ -8,6 +8,7 @@ test = jepa_fast.features(found, "photos", split="test")
 jepa_fast.probe_scores(train, test)                          # {'ridge': 0.71, 'majority': 0.25, ...}
 jepa_fast.rankme(train.values)
 jepa_fast.lidar(jepa_fast.views(found, "photos"))
+jepa_fast.predictor_skill("IN1K-vit.h.14-300e.pth.tar", "photos")   # is the predictor better than a trivial one?
 """
 
 import copy
@@ -32,13 +33,16 @@ from jepa_fast.model.jepa import initialise
 from jepa_fast.model.vit import Encoder
 from jepa_fast.monitor import probes
 from jepa_fast.monitor.spectrum import lidar, rankme
+from jepa_fast.trivial import PredictorSkill, predictor_skill
 
 __all__ = [
     "Features",
+    "PredictorSkill",
     "Pretrained",
     "features",
     "lidar",
     "load_encoder",
+    "predictor_skill",
     "probe_scores",
     "rankme",
     "untrained",

@@ -29,6 +29,7 @@ from jepa_fast.model.compile import compiles, num_graphs, warm_up
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import FULL_INPUTS, CollapseMonitor, Examination, probes
 from jepa_fast.monitor.fixed_masks import FixedMasks
+from jepa_fast.monitor.heldout import HeldOut
 from jepa_fast.parallel import Choice, World
 from jepa_fast.run import Run, tell_of_data, tensors
 
@@ -181,6 +182,7 @@ def _examination(config: Config, dataset: Dataset, jepa: JEPA, world: World, cho
             inputs = torch.from_numpy(fixed_draw(dataset.train, count, dataset.lost)[0])
     return Examination(
         jepa.context_encoder, jepa.target_encoder, inputs, probe_set=probe_set, views=FixedMasks(config),
+        objective=HeldOut(jepa, config) if dataset.held_out else None,
         config=config.monitor, device=world.device, everywhere=choice.sharded,
         around=partial(parallel.gathered, jepa, config),
     )  # fmt: skip

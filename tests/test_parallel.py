@@ -58,9 +58,12 @@ def test_every_mode_on_two_processes_trains_what_one_process_trains():
     }
     go("--run.dir", "one")
     go("--run.dir", "clipped", "--optim.clip", "0.05")
+    go("--run.dir", "batch", "--objective.target_norm", "batch")
+    modes["ddp-batch"] = ["--parallel.mode", "ddp", "--objective.target_norm", "batch"]
     together(2, runs, [["--run.dir", name, *args] for name, args in modes.items()])
     for name in modes:
-        agree(name, "clipped" if name == "fsdp" else "one")
+        agree(name, {"fsdp": "clipped", "ddp-batch": "batch"}.get(name, "one"))
+        assert [r["step"] for r in metrics(name) if "loss/heldout" in r] == [0, 3, 6]
 
 
 @pytest.mark.dist

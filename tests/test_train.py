@@ -72,6 +72,7 @@ def test_a_run_leaves_metrics_checkpoints_and_a_report(capsys):
         "probe/target",
         "probe/untrained",
         "probe/majority",
+        "loss/heldout",
         "probe/target/knn",
         "probe/target/raw",
     }

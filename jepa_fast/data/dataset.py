@@ -35,6 +35,7 @@ class Dataset:
     contents: dict[str, str]  # what the samples come from -> what is in it
     lost: list[Bad] = field(default_factory=list)  # samples known not to be readable, before any is trained on
     notes: list[str] = field(default_factory=list)  # what else a user should know
+    held_out: bool = False  # whether probe_test is there and no part of train
 
     @property
     def fingerprint(self) -> str:
@@ -129,7 +130,12 @@ def _assemble(parts: Parts, data: Data, origin: str) -> Dataset:
     if held_in is not None and held_out is not None:
         counted = f"{len(train)} training and {len(held_out)} test samples, {num_classes} classes{said}"
     told = f"{origin}: {counted}" + (f"; {len(lost)} lost" if lost else "")
-    return Dataset(train, held_in, held_out, num_classes, _shape(train), told, parts.contents, lost, parts.notes)
+    # Without a test part the probe's samples are taken out of training, but not out of a stream or of one of several sets.
+    apart = (parts.probe or parts).test is not None or (parts.probe is None and not hasattr(parts.train, "fixed"))
+    return Dataset(
+        train, held_in, held_out, num_classes, _shape(train), told, parts.contents, lost, parts.notes,
+        held_out=held_out is not None and apart,
+    )  # fmt: skip
 
 
 def _probe(parts: Parts) -> tuple[Source, Source | None, Source | None, str]:

@@ -38,16 +38,24 @@ def main(argv: list[str] | None = None) -> int:
                         help="read column NAME as KEY of docs/metrics.md, as in probe/target=val_acc")  # fmt: skip
     parser.add_argument("--checkpoints", default="", metavar="GLOB", help="checkpoints that hold both encoders")
     parser.add_argument(
-        "--data", default="", help="images or series: discrepancy, spectrum and probes at each checkpoint"
+        "--data",
+        default="",
+        help="images or series: predictor's skill, discrepancy, spectrum and probes at each checkpoint",
     )
     parser.add_argument("--heads", type=int, default=0, help="attention heads of the checkpoints' encoders, for --data, "
                         "where their width does not tell them")  # fmt: skip
+    parser.add_argument(
+        "--predictor-heads", type=int, default=0, help="likewise of their predictors; default: the encoder's"
+    )
     parser.add_argument("--out", type=Path, help="folder to write; default diagnoses/<log>-<n>")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if options.data and not options.checkpoints:
         raise UsageError("--data needs the encoders: give --checkpoints 'DIR/*.pth.tar' too")
-    if options.heads < 0 or (options.heads and not options.data):
-        raise UsageError(f"--heads {options.heads}: a number of heads goes with --checkpoints and --data")
+    for name in ("heads", "predictor_heads"):
+        count = getattr(options, name)
+        if count < 0 or (count and not options.data):
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} {count}: a number of heads goes with --checkpoints and --data")
     bad = next((pair for pair in options.column if "=" not in pair), None)
     if bad:
         raise UsageError(f"--column {bad}: write KEY=NAME, as in --column probe/target=val_acc")
@@ -56,17 +64,20 @@ def main(argv: list[str] | None = None) -> int:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--out {folder} exists and is not empty; nothing was written over: give another folder")
     choice = Choice(options.loss_column, options.step_column, options.run, others)
-    diagnose(options.log, choice, options.checkpoints, options.data, folder, options.heads)
+    heads = options.heads, options.predictor_heads
+    diagnose(options.log, choice, options.checkpoints, options.data, folder, *heads)
     return 0
 
 
-def diagnose(log: Path, choice: Choice, checkpoints: str, data: str, folder: Path, heads: int = 0) -> list[phase.Event]:
+def diagnose(
+    log: Path, choice: Choice, checkpoints: str, data: str, folder: Path, heads: int = 0, predictor_heads: int = 0
+) -> list[phase.Event]:
     """Print what the log shows and write `folder`. Raises UsageError before anything is written."""
     table = read(log)
     read_curve = curve(table, choice, str(log))
     records = read_curve.records
     if checkpoints:
-        measured = weights.measure(checkpoints, data, read_curve.steps_per_epoch, heads)
+        measured, on_predictors = weights.measure(checkpoints, data, read_curve.steps_per_epoch, heads, predictor_heads)
         records = _merged(records, measured)
     events = phase.detect(records)
     told = [asdict(event) for event in events]
@@ -85,6 +96,7 @@ def diagnose(log: Path, choice: Choice, checkpoints: str, data: str, folder: Pat
         print("".join(f"  {said}\n" for said in event.evidence), end="")
     if checkpoints:
         print(_on_drift(measured))
+        print("".join(f"{line}\n" for line in on_predictors), end="")
     print("limits:")
     print("".join(f"  - {limit}\n" for limit in limits(table, read_curve, records)), end="")
     print(f"figure: {folder / 'phase.png'}\nreport: {file}")

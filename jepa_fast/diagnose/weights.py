@@ -1,6 +1,7 @@
-"""Checkpoints of a run, of whatever trainer -> how far the target encoder lags behind, layer by layer.
+"""Checkpoints of a run of any trainer -> how far the target encoder lags behind, and whether the predictor predicts.
 
-In: files that hold both encoders. Out: records with `drift/<layer>` and `drift/total`, the keys of metrics.jsonl.
+In: files that hold both encoders. Out: records with `drift/<layer>` and `drift/total`, the keys of metrics.jsonl; with data
+also discrepancy, spectrum, probes and, where the file holds the predictor, its skill.
 Files are opened with torch's weights_only reader: code in them is not executed.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from jepa_fast import api, checkpoint
 from jepa_fast.errors import UsageError
 from jepa_fast.interop import files
+from jepa_fast.interop.official import PARTS
 from jepa_fast.monitor import spectrum
 
 Record = dict[str, float]
@@ -30,10 +32,13 @@ PAIRS = (("encoder", "target_encoder"), ("context_encoder", "target_encoder"), (
          ("online_encoder", "target_encoder"), ("model", "ema"))  # fmt: skip
 
 
-def measure(pattern: str, data: str, steps_per_epoch: int, heads: int = 0) -> list[Record]:
+def measure(
+    pattern: str, data: str, steps_per_epoch: int, heads: int = 0, predictor_heads: int = 0
+) -> tuple[list[Record], list[str]]:
     """One record a checkpoint, by rising step: drift of every layer, and with `data` what the encoders make of them.
 
-    heads: of the encoders' attention, which leaves no trace in weights; 0: as usual for their width.
+    And with `data` a sentence on the predictor of each. heads, predictor_heads: of the attention, which leaves no trace in
+    weights; 0: as usual for the encoder's width.
 
     The step is the optimizer's own count where the file holds one, else epoch x steps_per_epoch.
     Raises UsageError naming the file that cannot be used.
@@ -42,6 +47,7 @@ def measure(pattern: str, data: str, steps_per_epoch: int, heads: int = 0) -> li
     if not matched:
         raise UsageError(f"--checkpoints {pattern} matches no file; quote it, as in --checkpoints 'run/*.pth.tar'")
     found: dict[int, Record] = {}
+    said: dict[int, str] = {}
     for file in matched:
         state = checkpoint.load(file) if file.is_dir() else files.load(file)
         step = _step(state, steps_per_epoch)
@@ -50,7 +56,19 @@ def measure(pattern: str, data: str, steps_per_epoch: int, heads: int = 0) -> li
         found[step] = {"step": step} | drift(*encoders(state, file), str(file))
         if data:
             found[step] |= examine(file, data, heads)
-    return [found[step] for step in sorted(found)]
+            said[step] = f"step {step:,} ({file.name}): the file holds no predictor, so nothing is said of its skill"
+            if _has_predictor(state):
+                judged = api.predictor_skill(file, data, heads=heads, predictor_heads=predictor_heads)
+                found[step] |= judged.record()
+                said[step] = f"step {step:,} ({file.name}): {judged}"
+    return [found[step] for step in sorted(found)], [said[step] for step in sorted(said)]
+
+
+def _has_predictor(state: dict[str, Any]) -> bool:
+    """Whether it is a file of facebookresearch/ijepa or one of ours, with all three parts."""
+    model = state["model"] if isinstance(state.get("model"), dict) else {}
+    official = all(isinstance(state.get(name), dict) and state[name] for name in PARTS.values())
+    return official or any(str(name).startswith("predictor.") for name in model)
 
 
 def examine(file: Path, data: str, heads: int = 0) -> Record:

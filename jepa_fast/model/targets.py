@@ -129,6 +129,19 @@ class Targets(nn.Module):
         self.step_inputs.add_(len(features))
         return _as_statistics(self.mean, self.square, own=False)
 
+    @torch.no_grad()
+    def statistics_apart(self, features: Tensor) -> Statistics | None:
+        """For inputs that are no part of the training: the running averages, or the statistics of `features` [B, N, D] alone.
+
+        Changes nothing and asks no other process.
+        """
+        if self.norm not in FROM_BATCH:
+            return None
+        mean, square = _moments(features, self.norm, num_processes=1)
+        if self.running:
+            mean, square = (torch.where(self.steps > 0, *pair) for pair in ((self.mean, mean), (self.square, square)))
+        return _as_statistics(mean, square, own=not self.running)
+
     def forward(self, features: Tensor, given: Statistics | None) -> Tensor:
         """float32 [B, N, D]."""
         return regress(features, self.norm, given)
@@ -153,8 +166,8 @@ class Targets(nn.Module):
                 sums.zero_()
 
 
-def _moments(features: Tensor, norm: TargetNorm) -> tuple[Tensor, Tensor]:
-    """(mean, mean square) over the global batch, float64 S.
+def _moments(features: Tensor, norm: TargetNorm, num_processes: int | None = None) -> tuple[Tensor, Tensor]:
+    """(mean, mean square) over the global batch, float64 S; with `num_processes` 1 over this process's part.
 
     Each process takes its own mean and variance in float32, the second about the first; only sums over processes are of
     squares, in float64, whose digits suffice for a mean thousands of times the deviation.
@@ -162,7 +175,7 @@ def _moments(features: Tensor, norm: TargetNorm) -> tuple[Tensor, Tensor]:
     over = (0, 1) if norm == "batch" else (0,)
     variance, mean = torch.var_mean(features.float(), dim=over, correction=0)
     mean, variance = mean.double(), variance.double()
-    if _num_processes() == 1:
+    if (num_processes or _num_processes()) == 1:
         return mean, variance + mean.square()
     count = mean.new_tensor([float(len(features))])
     sums = torch.cat([count, (mean * count).flatten(), ((variance + mean.square()) * count).flatten()])

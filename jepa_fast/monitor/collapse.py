@@ -31,9 +31,9 @@ class CollapseMonitor:
 
     In three lines:
 
-        monitor = CollapseMonitor("runs/mine", (encoder, target_encoder))          # before the loop
-        monitor.observe(loss, context=z, target=h, visible=visible)                # every step, after the forward
-        monitor.close()                                                            # after the loop
+        monitor = CollapseMonitor("runs/mine", (encoder, target_encoder), loss="smooth_l1", target_norm=True)
+        monitor.observe(loss, context=z, target=h, visible=masks_enc, hidden=masks_pred)  # every step, after the forward
+        monitor.close()
 
     folder: where metrics.jsonl and events.jsonl go; None keeps them in memory (`records`, `events`).
     weights: what the drift is measured on. A FusedEMA (its distances cost nothing more), or (context encoder, target

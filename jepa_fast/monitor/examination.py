@@ -38,6 +38,7 @@ class Examination:
     inputs: a fixed batch, as the encoders take it; the first 256 are compared under both encoders. probe_set: labelled
     inputs; None: no probes, and spectra and readout are of all `inputs`.
     views: how an encoder sees inputs through the run's masks; None: equation 4, the bound and LiDAR stay unmeasured.
+    objective: the training loss of inputs [n, ...], for `loss/heldout` on the probe's test inputs; None: not measured.
     config: periods and settings. everywhere: all processes take part, as sharded encoders need; else the first alone.
     """
 
@@ -49,6 +50,7 @@ class Examination:
         *,
         probe_set: probes.ProbeSet | None = None,
         views: Views | None = None,
+        objective: Callable[[Tensor], float] | None = None,
         config: Monitor | None = None,
         device: torch.device | None = None,
         everywhere: bool = False,
@@ -56,6 +58,7 @@ class Examination:
     ):
         self.encoders = {"context": context_encoder, "target": target_encoder}
         self.probe_set, self.views, self.config = probe_set, views, config or Monitor()
+        self.objective = objective
         self.device = device or next(context_encoder.parameters()).device
         self.inputs, self.everywhere, self.around = inputs[:FULL_INPUTS], everywhere, around
         self.sample = inputs if probe_set is None else probe_set.train  # that spectra are taken over
@@ -73,6 +76,7 @@ class Examination:
         return {
             "discrepancy": c.every,
             "probe": c.every,
+            "heldout": c.every,
             "spectrum": c.spectrum_every or c.every,
             "readout": c.spectrum_every or c.every,
             "lidar": c.lidar_every or c.every,
@@ -85,8 +89,8 @@ class Examination:
             return self._look(step, everything)
 
     def _look(self, step: int, everything: bool) -> dict[str, float]:
-        measures = {"discrepancy": self._discrepancies, "probe": self._probes, "spectrum": self._spectra,
-                    "readout": self._readouts, "lidar": self._lidar, "bound": self._bound}  # fmt: skip
+        measures = {"discrepancy": self._discrepancies, "probe": self._probes, "heldout": self._held_out,
+                    "spectrum": self._spectra, "readout": self._readouts, "lidar": self._lidar, "bound": self._bound}  # fmt: skip
         modes = {encoder: encoder.training for encoder in self.encoders.values()}
         record: dict[str, float] = {}
         try:
@@ -186,6 +190,12 @@ class Examination:
             scores = probes.score(self._features(name), self._features(name, test=True), self.probe_set, self.config)
             record |= {f"probe/{name}{protocol}": value for protocol, value in scores.items()}
         return record | {"probe/majority": self.probe_set.majority, "probe/num_test": len(self.probe_set.test)}
+
+    def _held_out(self) -> dict[str, float]:
+        """The training objective on the first of the probe's test inputs."""
+        if self.objective is None or self.probe_set is None:
+            return {}
+        return {"loss/heldout": self.objective(self.probe_set.test[:FULL_INPUTS].to(self.device))}
 
     def _spectra(self) -> dict[str, float]:
         record: dict[str, float] = {}

@@ -48,6 +48,21 @@ def trivial_skills(
     targets were centred at each position by the global batch's own mean; then the constant is 0, which nobody had to fit,
     and its loss is taken as it is.
     """
+    losses = trivial_losses(
+        targets, context, visible, hidden, weight, kind, grid, num_processes=num_processes, mean=mean, centred=centred
+    )
+    own = mean(loss.detach())
+    skills = {name: 1 - own / other for name, other in losses.items()}
+    least = torch.stack(list(skills.values())).nan_to_num(nan=math.inf).amin()
+    named = {f"skill/{name}": value for name, value in skills.items()}
+    return {"skill": least, **named, "position_share": position_share(targets, num_processes, mean)}
+
+
+def trivial_losses(
+    targets: Tensor, context: Tensor, visible: Tensor, hidden: Tensor, weight: Tensor, kind: str, grid: tuple[int, ...],
+    *, num_processes: int = 1, mean: Reduce = alone, centred: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The losses of the three trivial predictors, `constant`, `copy` and `context_mean`: `trivial_skills`'s arguments."""
     b, n, _ = targets.shape
     total = b * num_processes
     wanted = targets.flatten(0, 1)[hidden]  # [Tt, D]
@@ -62,11 +77,7 @@ def trivial_skills(
     sums = context.new_zeros(b, context.shape[1]).index_add_(0, visible // n, context)
     pooled = sums / (visible // n).bincount(minlength=b).clamp(min=1).unsqueeze(1)
     losses["context_mean"] = judge(pooled[hidden // n])
-    own = mean(loss.detach())
-    skills = {name: 1 - own / other for name, other in losses.items()}
-    least = torch.stack(list(skills.values())).nan_to_num(nan=math.inf).amin()
-    named = {f"skill/{name}": value for name, value in skills.items()}
-    return {"skill": least, **named, "position_share": position_share(targets, num_processes, mean)}
+    return losses
 
 
 def best_constant(targets: Tensor, kind: str, num_processes: int = 1, mean: Reduce = alone) -> Tensor:
