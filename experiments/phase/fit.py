@@ -106,6 +106,8 @@ def fit(looks: list[Look], tier: str, shrink: float = 1.0) -> dict[str, float]:
     for look, _ in cases:
         counts[family(look.data)] = counts.get(family(look.data), 0) + 1
     weight = np.array([len(cases) / len(counts) / counts[family(look.data)] for look, _ in cases])
+    if tier == "risen":  # one signal that is there or not: its share
+        return {"bias": 0.0, "risen": math.log(weight[y].sum() / weight[~y].sum())}
     scale = x.std(0) + 1e-9
     model = LogisticRegression(C=1.0, max_iter=1000).fit(x / scale, y, sample_weight=weight)
     base = math.log(weight[y].sum() / weight[~y].sum())

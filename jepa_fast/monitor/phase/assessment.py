@@ -17,7 +17,7 @@ Record = dict[str, Any]
 State = Literal["warmup", "collapse", "escape", "learning", "degraded", "unknown"]
 USEFUL = 0.5  # a probability above: rather useful than not
 SURE = 0.8  # a probability from which a useful encoder is taken for granted
-LOST = 0.35  # below, after that: no longer
+LOST = 0.35  # below, after that: no longer, so that a probability near one half does not flicker
 SUSPECT = 0.3  # at most, for a suspected collapse
 
 
@@ -95,7 +95,7 @@ class Assessor:
         if len(self._row) >= LOOKS:
             self._row = []
             return "learning"
-        if p >= USEFUL:
+        if p >= (LOST if self.state == "escape" else USEFUL):
             return "escape"
         return "warmup" if self.facts.loss.at is None else "collapse"
 

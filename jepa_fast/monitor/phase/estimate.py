@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jepa_fast.monitor.phase.curves import number, positive
+from jepa_fast.monitor.phase.shapes import LossShape
 
 Record = dict[str, Any]
 LEAST_SKILL = -1.0  # a predictor far worse than a constant is as good as one that is twice as bad
@@ -27,7 +28,9 @@ TIERS: dict[str, tuple[str, ...]] = {
     "readout alone": ("readout",),
     "spectrum": ("skill", "rankme"),
     "skill": ("skill",),
+    "risen": ("risen",),  # the loss alone, once it has fallen far and risen for good; before, nothing can be said
 }
+FALLEN = 5.0  # times: a loss that fell less before it rose says nothing
 LIMITS = {"readout": 0.1, "lidar": 1.0, "rankme": 1.5}  # a signal beyond says no more
 
 
@@ -81,10 +84,15 @@ class Signals:
         self.skill, self.share = Smoothed(), Smoothed()
         self.start: dict[str, float] = {}  # first values
         self.now: dict[str, float] = {}  # newest values
+        self.lowest = math.inf  # loss
         self.looked = False
+        self.shape, self.risen = LossShape(), False
 
     def add(self, step: int, record: Record) -> None:
         self.looked = False
+        minima = [event for event in self.shape.add(step, record) if event.kind == "loss_minimum"]
+        if minima and self.start["loss"] >= FALLEN * self.lowest:
+            self.risen = True
         skill, loss, share = (number(record.get(key)) for key in ("skill", "loss", "position_share"))
         if skill is not None:
             self.skill.add(step, max(LEAST_SKILL, skill))
@@ -101,6 +109,8 @@ class Signals:
             if value is not None:
                 self.start.setdefault(key, value)
                 self.now[key] = value
+                if key == "loss":
+                    self.lowest = min(self.lowest, value)
                 self.looked |= key.startswith(("readout", "rankme"))
 
     def of(self, encoder: str) -> dict[str, float | None]:
@@ -112,6 +122,7 @@ class Signals:
             "skill": self.skill.mean,
             "lidar": self._change(f"lidar{suffix}"),
             "rankme": self._change(f"rankme{suffix}"),
+            "risen": 1.0 if self.risen else None,
         }
         return {name: _within(LIMITS.get(name), value) for name, value in found.items()}
 
@@ -159,10 +170,10 @@ class Estimator:
         found = {name: self.signals.of(name) for name in ENCODERS}
         tiers = {name: tier_of(signals) for name, signals in found.items()}
         p = {name: probability(tier, found[name]) if tier else None for name, tier in tiers.items()}
-        if set(tiers.values()) == {"skill"}:
+        of_pair = all(tier in (None, "skill", "risen") for tier in tiers.values())
+        if of_pair:
             p["target"] = None  # one signal, of the pair: it says nothing of one encoder rather than the other
-        only_skill = all(tier in (None, "skill") for tier in tiers.values())
-        looked = self.signals.looked or (only_skill and "skill" in record)
+        looked = self.signals.looked or (of_pair and ("skill" in record or "loss" in record))
         reasons = tuple(_reason(name, p[name], found[name], self.signals) for name in ENCODERS if p[name] is not None)
         return Estimate(p["context"], p["target"], looked, self.signals.facts(), reasons)
 
@@ -188,6 +199,8 @@ def _reason(name: str, p: float | None, signals: dict[str, float | None], held: 
     now, untrained = held.now.get(f"readout{SUFFIX[name]}"), held.now.get("readout/untrained")
     if signals["readout"] is not None and now is not None and untrained is not None:
         said += f": its features tell pseudo-classes of the inputs apart with accuracy {now:.3f}, the untrained encoder's with {untrained:.3f}"
+    elif signals["skill"] is None:
+        said += f": the loss fell {held.start['loss'] / held.lowest:.0f}x, and has risen since for good"
     elif signals["rankme"] is not None:
         said += f": RankMe {math.exp(signals['rankme']):.2f}x of its start"
     return said
