@@ -28,6 +28,7 @@ from jepa_fast.model.attention import choose_backend
 from jepa_fast.model.compile import compiles, num_graphs, warm_up
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import FULL_INPUTS, CollapseMonitor, Examination, probes
+from jepa_fast.monitor.best import Best
 from jepa_fast.monitor.fixed_masks import FixedMasks
 from jepa_fast.monitor.heldout import HeldOut
 from jepa_fast.parallel import Choice, World
@@ -91,7 +92,8 @@ def set_up(config: Config, resume: str, world: World, stop: preemption.Preemptio
         _restore_share(state, monitor, world)
     run = Run(
         config, world, choice, folder, steps, warmup, start, dataset, jepa, model, optimizer, ema, monitor, loader,
-        clock, stop, checkpoint.Writer(folder, config.checkpoint.keep, world.files), progress, lock,
+        clock, stop, checkpoint.Writer(folder, config.checkpoint.keep, world.files),
+        Best(checkpoint.kept(folder)), progress, lock,
     )  # fmt: skip
     if run.log:
         if config.log.tensorboard:

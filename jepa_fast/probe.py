@@ -34,20 +34,27 @@ COLUMNS = {
 
 
 def load(folder: Path, step: int | None = None) -> tuple[Config, dict[str, nn.Module], str]:
-    """(configuration, {context encoder, target encoder, untrained encoder}, where they come from). Raises UsageError."""
+    """(configuration, {context encoder, target encoder, untrained encoder}, where they come from). Raises UsageError.
+
+    folder: of a run, or one of its checkpoints.
+    """
+    at = folder if (folder / "meta.json").is_file() else None
+    folder = folder.parent.parent if at else folder
     config = rundir.saved_config(folder)
     if config is None:
         raise UsageError(f"{folder} holds no config.json: give the folder of a run of this trainer")
     have = checkpoint.found(folder)
-    if not have or (step is not None and step not in have):
+    if at and step is not None:
+        raise UsageError(f"--step {step}: {at} is one checkpoint already; give the run folder {folder}")
+    if (at is None and not have) or (step is not None and step not in have):
         raise UsageError(f"{folder} has no checkpoint{f' of step {step}' if have else ''}; there is {have or 'none'}")
-    path = folder / "checkpoints" / f"step-{have[-1] if step is None else step}"
+    path = at or folder / "checkpoints" / f"step-{have[-1] if step is None else step}"
     torch.manual_seed(config.train.seed)  # as the run drew its weights, before --init.from if there was one
     untrained = JEPA(config).context_encoder
     trained = JEPA(config)
     trained.load_state_dict(checkpoint.weights_at(str(path)))
     encoders = {"context": trained.context_encoder, "target": trained.target_encoder, "untrained": untrained}
-    return config, {name: encoder.eval() for name, encoder in encoders.items()}, path.name
+    return config, {name: encoder.eval() for name, encoder in encoders.items()}, path.resolve().name
 
 
 @torch.no_grad()
@@ -157,7 +164,7 @@ def table(found: dict[str, Any]) -> str:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jepa_fast.probe", description=__doc__.split("\n")[0])
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or one of its checkpoints: RUN/checkpoints/best")
     parser.add_argument("--step", type=int, help="checkpoint to probe; default: the newest")
     parser.add_argument("--data.path", dest="path", help="another data set of the same kind and shape")
     parser.add_argument("--data.embedded", dest="embedded", help="or one that is made here: sensor, digits, textures")
@@ -177,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         changes = {"data.path": "", "data.embedded": args.embedded}
     folder = Path(args.run)
     found = probe(folder, changes, args.step, args.num_train, args.num_test)
+    folder = folder.parent.parent if (folder / "meta.json").is_file() else folder
     print(table(found))
     beside = folder / ".probe.json.partial"
     earlier = json.loads((folder / "probe.json").read_text()) if (folder / "probe.json").exists() else []

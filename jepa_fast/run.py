@@ -23,6 +23,7 @@ from jepa_fast.masks.packing import MaskPlan
 from jepa_fast.masks.reference import BLOCKLESS
 from jepa_fast.model.jepa import JEPA, Output
 from jepa_fast.monitor import CollapseMonitor, sentence
+from jepa_fast.monitor.best import Best
 from jepa_fast.parallel import Choice, World
 
 
@@ -47,6 +48,7 @@ class Run:
     clock: Clock
     stop: preemption.Preemption
     writer: checkpoint.Writer
+    best: Best  # look so far
     progress: Progress
     lock: IO[str] | None  # of the folder, on the main process
 
@@ -77,6 +79,10 @@ class Run:
             else:
                 levers["schedule/target_scale"] = sum(now.target_scale) / 2
         return self.clock.report() | self.loader.health.record() | levers
+
+    def looks(self, step: int) -> bool:
+        """Whether both encoders are examined at `step` with everything that says what they are worth."""
+        return step % self.config.monitor.every == 0 or step == self.steps
 
     def saves(self, step: int) -> bool:
         every = self.config.checkpoint.every
@@ -154,6 +160,22 @@ def save(run: Run, step: int) -> None:
         "processes": parallel.gather(own, run.world),
     }
     run.writer.save(step, tensors(run.jepa, run.optimizer), state)
+    if not run.config.checkpoint.background:
+        run.writer.finish()
+
+
+def keep_best(run: Run, record: dict) -> None:
+    """After a look: keep the weights if none before were as good (`checkpoint.keep_best`). All processes call it."""
+    step = record["step"]
+    if not (run.config.checkpoint.keep_best and run.looks(step)):
+        return
+    known = run.best.state() if run.log and run.best.add(record) else None  # the main process has the record's probes
+    known = parallel.same_everywhere(known, run.world)
+    if known is None:
+        return
+    state = {"step": step, "data": run.dataset.contents, "config": to_json(run.config), "best": known}
+    weights = {name: value for name, value in tensors(run.jepa, run.optimizer).items() if name.startswith("model.")}
+    run.writer.save(step, weights, state, best=True)
     if not run.config.checkpoint.background:
         run.writer.finish()
 

@@ -13,7 +13,7 @@ from jepa_fast.errors import one_line_errors
 from jepa_fast.flops import step_flops
 from jepa_fast.perturb import perturb
 from jepa_fast.profiling import profiled
-from jepa_fast.run import Part, Run, close, joined, save, show, stop_here, watched
+from jepa_fast.run import Part, Run, close, joined, keep_best, save, show, stop_here, watched
 
 
 def train(run: Run) -> None:
@@ -52,6 +52,8 @@ def train(run: Run) -> None:
         )  # fmt: skip
         if record:
             show(run, record)
+            with clock.phase("checkpoint"):
+                keep_best(run, record)
         if last:
             break
 

@@ -1,6 +1,7 @@
 """What went wrong with a checkpoint, in a line."""
 
 import hashlib
+import os
 from pathlib import Path
 
 from torch.distributed.checkpoint import CheckpointException
@@ -26,3 +27,12 @@ def cause(error: BaseException) -> str:
 def digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

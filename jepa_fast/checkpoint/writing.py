@@ -1,7 +1,6 @@
 """Writing checkpoints in the background: beside and renamed, never half a state, for any number of processes."""
 
 import json
-import os
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,9 +14,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from jepa_fast.checkpoint import best as best_link
 from jepa_fast.checkpoint import state as small
 from jepa_fast.checkpoint import storage
-from jepa_fast.checkpoint.errors import cause, digest
+from jepa_fast.checkpoint.errors import cause, digest, sync
 from jepa_fast.checkpoint.reading import found
 from jepa_fast.errors import UsageError
 
@@ -39,21 +39,23 @@ class Writer:
         self._staging: Future | None = None
         self._writing: Future | None = None
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: bool = False) -> None:
         """Begin to write checkpoints/step-N. `tensors` must not change before `staged` has returned.
 
+        best: instead checkpoints/best-N, which checkpoints/best then names, and which `keep` does not count.
         state: numbers, strings and small plain tensors; the main process's is written.
         Raises UsageError if the checkpoint before could not be written, or this one's folder cannot be made; on
         processes other than the main one, which says it for all, SystemExit.
         """
-        partial, trouble = self.root / f".step-{step}.partial", self._written()
+        name = f"best-{step}" if best else f"step-{step}"
+        partial, trouble = self.root / f".{name}.partial", self._written()
         if self.is_main and not trouble:
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 small.write(state, partial)
             except (OSError, RuntimeError) as error:
-                trouble = self._failed(step, error)
+                trouble = self._failed(name, error)
         self._agree(trouble)  # nobody writes into a folder that is not there
         begun: Any = dcp.async_save(
             tensors,
@@ -63,7 +65,7 @@ class Writer:
             no_dist=self.group is None,
         )
         self._staging = begun.staging_completion
-        self._writing = self._finisher.submit(self._finish, step, begun.upload_completion)
+        self._writing = self._finisher.submit(self._finish, step, name, begun.upload_completion)
 
     def staged(self) -> None:
         """Wait until the tensors given to `save` are copied: from here on they may change."""
@@ -96,41 +98,44 @@ class Writer:
         if said[0]:
             raise UsageError(said[0]) if self.is_main else SystemExit(2)
 
-    def _finish(self, step: int, upload: Future) -> str:
+    def _finish(self, step: int, name: str, upload: Future) -> str:
         try:
             upload.result()
             if self.is_main:
-                self._commit(step)
+                self._commit(step, name)
         except (OSError, RuntimeError, CheckpointException) as error:
-            return self._failed(step, error)
+            return self._failed(name, error)
         return ""
 
-    def _commit(self, step: int) -> None:
+    def _commit(self, step: int, name: str) -> None:
         """Everything on the disk, then the name, then the mark, and only then the old ones away."""
-        partial, final = self.root / f".step-{step}.partial", self.root / f"step-{step}"
+        partial, final = self.root / f".{name}.partial", self.root / name
         files = {f.name: {"bytes": f.stat().st_size, "sha256": digest(f)} for f in sorted(partial.iterdir())}
         (partial / "meta.json").write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n")
         for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
+            sync(file)
+        sync(partial)
+        if name.startswith("best-"):
+            return best_link.put(partial, final)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _write_atomically(self.root / "latest", f"step-{step}\n")
-        _sync(self.root)
+        sync(self.root)
         if self.keep:
             for old in found(self.root.parent)[: -self.keep]:
                 shutil.rmtree(self.root / f"step-{old}", ignore_errors=True)
 
-    def _failed(self, step: int, error: BaseException) -> str:
+    def _failed(self, name: str, error: BaseException) -> str:
         if self.is_main:
-            shutil.rmtree(self.root / f".step-{step}.partial", ignore_errors=True)
-        return f"cannot write checkpoint {self.root / f'step-{step}'}: {cause(error)}; earlier checkpoints are intact"
+            shutil.rmtree(self.root / f".{name}.partial", ignore_errors=True)
+        return f"cannot write checkpoint {self.root / name}: {cause(error)}; earlier checkpoints are intact"
 
 
 def sweep(folder: Path) -> None:
     """Take away what a killed process left half written."""
+    best_link.sweep(folder / "checkpoints")
     for partial in (folder / "checkpoints").glob(".*.partial"):
-        if partial.is_dir():
+        if partial.is_dir() and not partial.is_symlink():
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
@@ -139,13 +144,5 @@ def sweep(folder: Path) -> None:
 def _write_atomically(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.partial")
     beside.write_text(text)
-    _sync(beside)
+    sync(beside)
     beside.rename(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

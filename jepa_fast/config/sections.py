@@ -249,6 +249,9 @@ class Checkpoint:
     """Steps between checkpoints. 0: only at the end."""
     keep: int = 2
     """Newest checkpoints kept. 0: all."""
+    keep_best: bool = True
+    """Also keep the weights that were the best at a look so far, as checkpoints/best: by the probe, or without labels by the
+    probability that the features are useful. Written only when the best is beaten by more than the noise."""
     background: bool = True
     """Write while training goes on. Off: training waits."""
 
