@@ -176,11 +176,9 @@ class Examination:
 
     def _all_features(self, name: str) -> Tensor:
         """Of what the readout looks at."""
-        return (
-            self._features(name)
-            if self.probe_set is None
-            else torch.cat([self._features(name), self._features(name, test=True)])
-        )
+        if self.probe_set is None:
+            return self._features(name)
+        return torch.cat([self._features(name, test)[:READOUT_INPUTS] for test in (False, True)])
 
     def _probes(self) -> dict[str, float]:
         if self.probe_set is None:
