@@ -35,7 +35,7 @@ class OneStep:
         self.jepa = parallel.build(self.config, self.world, choice)
         self.model = parallel.distribute(self.jepa, self.world, choice)
         self.optimizer = optim.build(self.jepa, self.config.optim)
-        self.ema = TargetEMA(self.jepa)
+        self.ema = TargetEMA(self.jepa, self.config)
         self.decay = self.config.ema.decay
         self.inputs = self.images(batch).to(device)
         rows = np.arange(batch)

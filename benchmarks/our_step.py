@@ -33,7 +33,7 @@ class OurStep:
         self.plan: MaskPlan = plan(masks, config.num_tokens, steps).to(device)
         self.optimizer = optim.build(self.jepa, config.optim)
         optim.set_rates(self.optimizer, rate, 0.04)
-        self.ema = TargetEMA(self.jepa)
+        self.ema = TargetEMA(self.jepa, config)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
 
     def take(self, source: JEPA) -> None:

@@ -11,6 +11,7 @@ VERBS = {
     "report": "write a run's report.html again, or a figure of the paper from runs",
     "probe": "say what a run's encoders are worth, on its data or another set",
     "sweep": "train over a grid of fields, and compare",
+    "fork": "branch a run under several interventions, and compare",
     "theorem": "train the theorem's own setting, where the bound is a bound",
     "diagnose": "read another trainer's log and say which phase it shows",
     "export": "write an encoder for timm, transformers, ijepa or as safetensors",

@@ -20,7 +20,7 @@ from jepa_fast.data.opened import changes
 from jepa_fast.data.sources import fixed_draw
 from jepa_fast.ema import TargetEMA
 from jepa_fast.errors import UsageError
-from jepa_fast.interop import initial_weights
+from jepa_fast.interop import initial_weights, load_encoder
 from jepa_fast.log import Progress
 from jepa_fast.masks.ladder import ladder
 from jepa_fast.masks.sample import check_masks
@@ -56,7 +56,7 @@ def set_up(config: Config, resume: str, world: World, stop: preemption.Preemptio
     torch.manual_seed(config.train.seed)
     jepa = parallel.build(config, world, choice, _initial_weights(config, world, choice, start))
     model = parallel.distribute(jepa, world, choice)
-    ema, optimizer = TargetEMA(jepa), optim.build(jepa, config.optim)
+    ema, optimizer = TargetEMA(jepa, config), optim.build(jepa, config.optim)
     if state is not None:
         with parallel.lead(world):
             _refuse_other_data(state, dataset, folder)
@@ -90,6 +90,7 @@ def set_up(config: Config, resume: str, world: World, stop: preemption.Preemptio
     )  # fmt: skip
     if state is not None:
         _restore_share(state, monitor, world)
+        ema.released = state.get("released")
     run = Run(
         config, world, choice, folder, steps, warmup, start, dataset, jepa, model, optimizer, ema, monitor, loader,
         clock, stop, checkpoint.Writer(folder, config.checkpoint.keep, world.files),
@@ -155,7 +156,28 @@ def _initial_weights(config: Config, world: World, choice: Choice, start: int) -
                 raise UsageError(f"{where}: {lost[0]} holds NaN or infinite weights; take another checkpoint")
             if world.is_main:
                 print("".join(f"--init.from: {line}\n" for line in told), end="")
+        if config.teacher.from_ and not start and (world.is_main or not choice.sharded):
+            weights = (weights or {}) | _teacher_weights(config)
     return weights
+
+
+def _teacher_weights(config: Config) -> dict[str, Tensor]:
+    """The target encoder that --teacher.from names, under its names in a JEPA. Raises UsageError if it is of another shape."""
+    where, found = (
+        f"--teacher.from {config.teacher.from_}",
+        load_encoder(config.teacher.from_, heads=config.model.heads),
+    )
+    held = found.encoder
+    with torch.device("meta"):
+        own = JEPA(config).target_encoder
+    for what, theirs, ours in (
+        ("tokens", held.grid, own.grid), ("width", held.width, own.width), ("depth", len(held.blocks), len(own.blocks)),
+        ("heads", held.width // held.head_width, config.model.heads),
+    ):  # fmt: skip
+        if theirs != ours:
+            raise UsageError(f"{where} has {what} {theirs}, this run {ours}: give a teacher of the run's own shape")
+    checkpoint.check_fit(_shapes(held.state_dict()), _shapes(own.state_dict()), where)
+    return {f"target_encoder.{name}": value.clone() for name, value in held.state_dict().items()}
 
 
 def _weights_alone(state: dict[str, Tensor]) -> dict[str, Tensor]:

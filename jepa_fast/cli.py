@@ -134,9 +134,14 @@ def default_config() -> Config:
     )
 
 
+def override(base: Config, fields: dict[str, str]) -> Config:
+    """`base` with fields as the command line gives them, in words. Raises UsageError as `parse` does."""
+    return check(_override(base, [part for name, value in fields.items() for part in (f"--{name}", value)]))
+
+
 def _override(base: Config, args: list[str]) -> Config:
     _refuse_unknown(args, base)
-    args = [re.sub(r"^--init\.from\b", "--init.from_", arg) for arg in args]  # `from` is a keyword of Python
+    args = [re.sub(r"^--(init|teacher)\.from\b", r"--\1.from_", arg) for arg in args]  # `from` is a keyword of Python
     args = _named_norm(args)
     said = io.StringIO()
     try:

@@ -15,13 +15,20 @@ from jepa_fast.config import Optim
 
 
 def build(module: nn.Module, config: Optim) -> torch.optim.AdamW:
-    """AdamW on what requires gradients. Biases and 1-D parameters are not decayed, unless `decay_vectors`."""
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    for parameter in module.parameters():
+    """AdamW on what requires gradients. Biases and 1-D parameters are not decayed, unless `decay_vectors`.
+
+    What belongs to the predictor has `predictor_lr` times the learning rate.
+    """
+    groups: list[dict] = [
+        {"params": [], "decays": decays, "factor": factor}
+        for factor in dict.fromkeys((1.0, config.predictor_lr))
+        for decays in (True, False)
+    ]
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 or config.decay_vectors else plain).append(parameter)
-    groups = [{"params": decayed, "decays": True}, {"params": plain, "decays": False}]
+            decays = parameter.ndim > 1 or config.decay_vectors
+            factor = config.predictor_lr if name.startswith("predictor.") else 1.0
+            next(g for g in groups if (g["decays"], g["factor"]) == (decays, factor))["params"].append(parameter)
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )
@@ -29,7 +36,7 @@ def build(module: nn.Module, config: Optim) -> torch.optim.AdamW:
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["factor"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 

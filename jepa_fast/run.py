@@ -69,7 +69,7 @@ class Run:
         levers = {
             "schedule/lr": schedules.learning_rate(self.config.optim, step, self.steps, self.warmup),
             "schedule/weight_decay": schedules.weight_decay(self.config.optim, step, self.steps),
-            "schedule/ema_decay": schedules.ema_decay(self.config.ema, step, self.steps),
+            "schedule/ema_decay": self.ema.decay(step, self.steps),
         }
         masks = self.config.masks
         if masks.schedule != "constant":
@@ -83,6 +83,13 @@ class Run:
     def looks(self, step: int) -> bool:
         """Whether both encoders are examined at `step` with everything that says what they are worth."""
         return step % self.config.monitor.every == 0 or step == self.steps
+
+    def more(self, output: Output) -> dict[str, float]:
+        """What else a record holds. All processes call it."""
+        if self.config.regularizer.kind == "none":
+            return self.health()
+        term = self.jepa.regularizer.weight * output.regularizer.item()
+        return self.health() | {"loss/regularizer": output.regularizer.item(), "loss/regularizer_weighted": term}
 
     def saves(self, step: int) -> bool:
         every = self.config.checkpoint.every
@@ -113,6 +120,14 @@ def show(run: Run, record: dict) -> None:
         )
 
 
+def release(run: Run, record: dict) -> None:
+    """Let a teacher that waits for it (`--ema.schedule escape`) move from here on, if this record says so."""
+    if run.ema.look(record, run.world) and run.log is not None:
+        skill, error = record["skill/smooth"], record["skill/error"]
+        run.log.event("teacher_released", record["step"], skill=skill, error=error)
+        run.progress.say(f"event: teacher released, step {record['step']:,}: skill {skill:.2f} +- {2 * error:.2f}")
+
+
 def tell_of_data(run: Run, step: int, bad: list[Bad]) -> None:
     """An event for each sample that was left out, once in a run however often it is resumed."""
     if bad and run.log is not None:
@@ -140,12 +155,19 @@ def joined(parts: list[Part]) -> tuple[Output, MaskPlan]:
         target_rows=torch.cat([p.target_rows + b for p, b in zip(plans, begins, strict=False)]),
         target_weight=torch.cat([p.target_weight * share for p, share in zip(plans, shares, strict=True)]),
     )
-    loss, prediction = (
-        torch.stack([value.detach() * share for value, share in zip(values, shares, strict=True)]).sum()
-        for values in ([o.loss for o in outputs], [o.prediction_loss for o in outputs])
-    )
-    context, target = torch.cat([o.context for o in outputs]), torch.cat([o.target for o in outputs])
-    return Output(loss, context, target, prediction, outputs[0].statistics), plan  # statistics: the same for all
+
+    def mean(values: list[Tensor]) -> Tensor:
+        return torch.stack([value.detach() * share for value, share in zip(values, shares, strict=True)]).sum()
+
+    return Output(
+        loss=mean([o.loss for o in outputs]),
+        context=torch.cat([o.context for o in outputs]),
+        target=torch.cat([o.target for o in outputs]),
+        prediction_loss=mean([o.prediction_loss for o in outputs]),
+        statistics=outputs[0].statistics,  # the same for all
+        wanted=torch.cat([o.wanted for o in outputs]),
+        regularizer=outputs[0].regularizer,  # none where there are micro batches
+    ), plan
 
 
 def save(run: Run, step: int) -> None:
@@ -157,6 +179,7 @@ def save(run: Run, step: int) -> None:
         "step": step,
         "data": run.dataset.contents,
         "config": to_json(run.config),
+        "released": run.ema.released,
         "processes": parallel.gather(own, run.world),
     }
     run.writer.save(step, tensors(run.jepa, run.optimizer), state)

@@ -28,8 +28,13 @@ def weight_decay(config: Optim, step: int, steps: int) -> float:
 def ema_decay(config: EMA, step: int, steps: int) -> float:
     """Beta of equation 1 for the update after optimizer step `step`, from decay to final_decay, up or down.
 
-    Linear in the step as facebookresearch/ijepa, or along a cosine (or constant).
+    Linear in the step as facebookresearch/ijepa, or along a cosine (or constant). `power`: timm's and Karras' warm-up, up to
+    decay. `escape`: decay; what it was before the teacher was released is for TargetEMA to say.
     """
+    if config.schedule == "power":
+        return min(config.decay, 1 - (1 + step / config.gamma) ** -config.power)
+    if config.schedule == "escape":
+        return config.decay
     return _between(config.schedule, config.decay, config.final_decay, step / (config.scale * steps))
 
 

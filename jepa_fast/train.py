@@ -4,6 +4,7 @@ shards -> masks -> encoders -> predictor -> loss -> optimizer -> fused EMA -> mo
 """
 
 import sys
+from functools import partial
 
 import torch
 
@@ -13,7 +14,7 @@ from jepa_fast.errors import one_line_errors
 from jepa_fast.flops import step_flops
 from jepa_fast.perturb import perturb
 from jepa_fast.profiling import profiled
-from jepa_fast.run import Part, Run, close, joined, keep_best, save, show, stop_here, watched
+from jepa_fast.run import Part, Run, close, joined, keep_best, release, save, show, stop_here, watched
 
 
 def train(run: Run) -> None:
@@ -29,7 +30,8 @@ def train(run: Run) -> None:
 
         # Forward, micro batch by micro batch: target encoder on everything, context encoder on the visible tokens,
         # predictor, loss. Backward: gradients add up to those of the mean over the global batch.
-        loss, seen = torch.zeros((), device=world.device), list[Part]()
+        loss, predicted = torch.zeros(2, device=world.device)
+        seen, run.jepa.regularizer.step = list[Part](), step
         for i, (inputs, masks, share) in enumerate(batch.parts(world.device), start=1):
             with parallel.accumulating(run.model, more=i < len(batch.plans)):
                 with clock.phase("forward"), parallel.precision(config, world):
@@ -38,6 +40,7 @@ def train(run: Run) -> None:
                     with clock.phase("backward"):
                         (output.loss * share).backward()
             loss += output.loss.detach() * share
+            predicted += output.prediction_loss * share
             tokens = output.context.shape[0] + output.target.shape[0] * output.target.shape[1]
             clock.count(tokens, step_flops(config, batch.plans[i - 1]).total)
             if run.records(step) or not seen:
@@ -46,14 +49,15 @@ def train(run: Run) -> None:
         # Record what holds at these weights; the only host synchronisation, on log steps.
         output, masks = joined(seen)
         record = run.monitor.observe(
-            loss, output.context, output.target, masks.context_rows, masks.target_rows,
-            hidden_weight=masks.target_weight, statistics=output.statistics, step=step, wait=batch.wait, last=last, more=run.health,
-            num_inputs=len(batch.inputs),
+            predicted, output.context, output.target, masks.context_rows, masks.target_rows,
+            hidden_weight=masks.target_weight, statistics=output.statistics, step=step, wait=batch.wait, last=last,
+            wanted=output.wanted if run.jepa.pixels else None, more=partial(run.more, output), num_inputs=len(batch.inputs),
         )  # fmt: skip
         if record:
             show(run, record)
             with clock.phase("checkpoint"):
                 keep_best(run, record)
+            release(run, record)
         if last:
             break
 
@@ -68,7 +72,7 @@ def train(run: Run) -> None:
         perturb(run.jepa.context_encoder, config.perturb, config.train.seed, step, gate=finite)
 
         # Target encoder: EMA, and its distance from the context encoder, in one pass.
-        decay = schedules.ema_decay(config.ema, step, run.steps)
+        decay = run.ema.decay(step, run.steps)
         with clock.phase("ema"):
             run.ema.update(decay, gate=finite)
             run.jepa.targets.update(gate=finite)

@@ -22,12 +22,14 @@ from jepa_fast.config.sections import (
     Parallel,
     Perturb,
     Profile,
+    Regularizer,
     Run,
+    Teacher,
     Train,
 )
 
 __all__ = [
     "EMA", "IMAGENET_MEAN", "IMAGENET_STD", "Checkpoint", "Config", "Data", "Init", "Log", "Masks", "Model", "Monitor",
-    "Objective", "Optim", "Parallel", "Perturb", "Profile", "Run", "Train", "check", "flatten", "from_json", "get",
+    "Objective", "Optim", "Parallel", "Perturb", "Profile", "Regularizer", "Run", "Teacher", "Train", "check", "flatten", "from_json", "get",
     "replace", "to_json",
 ]  # fmt: skip

@@ -21,10 +21,10 @@ NOT_NEGATIVE = (
     "monitor.spectrum_every", "monitor.lidar_every", "monitor.bound_every", "monitor.spectral_every",
     "monitor.lidar_views", "monitor.jacobian", "perturb.noise", "perturb.until", "masks.context_tokens",
     "parallel.threads", "parallel.micro_batch", "parallel.prefetch", "parallel.shards", "profile.steps",
-    "model.predictor_heads",
+    "model.predictor_heads", "optim.predictor_lr", "regularizer.weight",
 )  # fmt: skip
 ABOVE_0 = (
-    "model.init_std", "model.mlp_ratio", "model.predictor_mlp_ratio", "model.norm_eps", "optim.eps", "ema.scale",
+    "model.init_std", "model.mlp_ratio", "model.predictor_mlp_ratio", "model.norm_eps", "optim.eps", "ema.scale", "ema.gamma", "ema.power",
     "monitor.knn_temperature", "monitor.ridge", "parallel.timeout", "parallel.start_timeout",
 )  # fmt: skip
 
@@ -95,6 +95,32 @@ def _check_objective(c: Config) -> None:
         "objective.target_norm",
         norm,
         "a batch of 1 has no statistics over inputs; give a larger --train.batch_size, or --objective.target_stats running",
+    )
+
+    kind, teacher = c.regularizer.kind, c.teacher
+    _require(
+        kind == "none" or c.train.batch_size > 1,
+        "regularizer.kind",
+        kind,
+        "it compares inputs with one another; give a --train.batch_size of 2 or more",
+    )
+    _require(
+        kind != "none" or not c.regularizer.weight,
+        "regularizer.weight",
+        c.regularizer.weight,
+        "there is no regulariser; give --regularizer.kind vicreg, sigreg or visreg",
+    )
+    _require(
+        not teacher.from_ or teacher.kind == "frozen",
+        "teacher.from",
+        teacher.from_,
+        f"a teacher of --teacher.kind {teacher.kind} has the context encoder's weights; give --teacher.kind frozen",
+    )
+    _require(
+        teacher.kind == "ema" or c.ema.schedule != "escape",
+        "ema.schedule",
+        c.ema.schedule,
+        f"a teacher of --teacher.kind {teacher.kind} has no decay to wait for; give --teacher.kind ema",
     )
 
 

@@ -129,6 +129,9 @@ class Objective:
     target_stats: Literal["batch", "running"] = "batch"
     """What `batch`, `position` and `centre` are taken over: the global batch, or a running average of it (for small batches,
     and for `parallel.micro_batch`)."""
+    target: Literal["latent", "pixels"] = "latent"
+    """What is predicted: the target encoder's features, or the patches themselves, as the encoders get them (`target_norm`
+    layer: each patch standardised): SALT's first stage."""
 
     def __post_init__(self) -> None:
         if isinstance(self.target_norm, bool):  # configurations of version 0.1
@@ -141,9 +144,33 @@ class EMA:
     """Beta of equation 1 at step 0."""
     final_decay: float = 1.0
     """Beta at the last step."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    schedule: Literal["constant", "linear", "cosine", "power", "escape"] = "linear"
+    """`power`: min(decay, 1 - (1 + step / gamma)^-power), from 0 up to `decay`. `escape`: the target encoder stays as it is until
+    the predictor's skill is surely above 0, then moves at `decay`."""
+    gamma: float = 1.0
+    power: float = 2 / 3
     scale: float = 1.0
-    """The schedule runs over `scale` times the run's steps (the reference's ipe_scale)."""
+    """`linear` and `cosine`: the schedule runs over `scale` times the run's steps (the reference's ipe_scale)."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The target encoder: where it starts, and whether it moves."""
+
+    kind: Literal["ema", "frozen", "none"] = "ema"
+    """`ema`: as section `ema` says. `frozen`: it never moves. `none`: it is the context encoder itself, without a gradient."""
+    from_: str = ""
+    """A run, a checkpoint or another encoder of the same shape that a frozen one has its weights from (`--teacher.from`).
+    Empty: the context encoder's first weights."""
+
+
+@dataclass(frozen=True)
+class Regularizer:
+    """A term on the context features, pooled over each input's visible tokens: `model/regularizers.py` has the formulas."""
+
+    kind: Literal["none", "vicreg", "sigreg", "visreg"] = "none"
+    weight: float = 0.0
+    """Its weight in the loss, whatever the batch size. 0: vicreg .001 (C-JEPA), sigreg 5 (LeJEPA), visreg 1."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +186,8 @@ class Optim:
     weight_decay: float = 0.04
     final_weight_decay: float = 0.4
     wd_schedule: Literal["constant", "cosine"] = "cosine"
+    predictor_lr: float = 1.0
+    """The predictor's learning rate, as a factor."""
     decay_vectors: bool = False
     """Also decay biases and 1-D parameters."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -285,6 +314,8 @@ class Config:
     model: Model = field(default_factory=Model)
     objective: Objective = field(default_factory=Objective)
     ema: EMA = field(default_factory=EMA)
+    teacher: Teacher = field(default_factory=Teacher)
+    regularizer: Regularizer = field(default_factory=Regularizer)
     optim: Optim = field(default_factory=Optim)
     perturb: Perturb = field(default_factory=Perturb)
     train: Train = field(default_factory=Train)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from jepa_fast.config import Config, Model
 from jepa_fast.masks.packing import MaskPlan
 from jepa_fast.model.predictor import Predictor
+from jepa_fast.model.regularizers import Regularizer, pool
 from jepa_fast.model.targets import Statistics, Targets
 from jepa_fast.model.tokens import Tokenizer
 from jepa_fast.model.vit import Block, Encoder
@@ -30,7 +31,9 @@ class Output(NamedTuple):
     context: Tensor  # [Tc, D] f(x): visible tokens by the context encoder, detached
     target: Tensor  # [B, N, D] g(x_hat): all tokens by the target encoder, as it gives them
     prediction_loss: Tensor  # float32 scalar, detached: mean over features, an image's target tokens and images
-    statistics: Statistics | None  # with them targets.regress(target, norm, statistics) is what the loss compared with
+    statistics: Statistics | None  # with them targets.regress(wanted, norm, statistics) is what the loss compared with
+    wanted: Tensor  # [B, N, D] what the loss regresses on before it is normalised: `target`, or the patches [B, N, P]
+    regularizer: Tensor  # float32 scalar, detached: before its weight; 0 without one
 
 
 class JEPA(nn.Module):
@@ -39,7 +42,10 @@ class JEPA(nn.Module):
         model = config.model
         self.loss = config.objective.loss
         self.target_norm = config.objective.target_norm
-        self.targets = Targets(self.target_norm, config.objective.target_stats, config.num_tokens, config.model.width)
+        self.pixels = config.objective.target == "pixels"
+        wanted = config.patch_dim if self.pixels else model.width
+        self.targets = Targets(self.target_norm, config.objective.target_stats, config.num_tokens, wanted)
+        self.regularizer = Regularizer(config.regularizer.kind, config.regularizer.weight, config.train.seed)
         self.cuda_graphs = model.cuda_graphs
         self.context_encoder = _encoder(config)
         self.target_encoder = _encoder(config).requires_grad_(False)
@@ -47,7 +53,7 @@ class JEPA(nn.Module):
             config.grid, model.width, width=model.predictor_width, depth=model.predictor_depth,
             heads=model.predictor_heads or model.heads,
             mlp_ratio=model.predictor_mlp_ratio, eps=model.norm_eps,
-            residual=model.residual,
+            residual=model.residual, out_width=wanted,
         )  # fmt: skip
         initialise(self.context_encoder, model)
         initialise(self.predictor, model)
@@ -62,8 +68,9 @@ class JEPA(nn.Module):
 
         with torch.no_grad():
             target = self.target_encoder.encode(patches)  # [B, N, D]
-            statistics = self.targets.statistics(target)
-            regression = self.targets(target, statistics)  # [B, N, D]
+            wanted = patches if self.pixels else target
+            statistics = self.targets.statistics(wanted)
+            regression = self.targets(wanted, statistics)  # [B, N, D]
 
         visible = patches.flatten(0, 1).index_select(0, plan.context_rows)  # [Tc, P]
         context = self.context_encoder.encode_packed(
@@ -73,8 +80,14 @@ class JEPA(nn.Module):
 
         hidden = regression.flatten(0, 1).index_select(0, plan.target_rows)  # [Tt, D]
         each = token_loss(prediction, hidden, self.loss)  # [Tt]
-        loss = (plan.target_weight * each).sum()  # not `@`: autocast would halve it
-        return Output(loss, context.detach(), target, loss.detach(), statistics)
+        prediction_loss = (plan.target_weight * each).sum()  # not `@`: autocast would halve it
+        loss, regularizer = prediction_loss, prediction_loss.new_zeros(())
+        if self.regularizer.kind != "none":
+            regularizer = self.regularizer(pool(context, plan.context_rows, *target.shape[:2]))
+            loss = prediction_loss + self.regularizer.weight * regularizer
+        return Output(
+            loss, context.detach(), target, prediction_loss.detach(), statistics, wanted, regularizer.detach()
+        )
 
     def _check(self, inputs: Tensor, plan: MaskPlan) -> None:
         grid, own = self.context_encoder.tokenizer.grid(inputs), self.context_encoder.grid

@@ -17,13 +17,14 @@ from jepa_fast.model.vit import Block, check_index, pad_rows
 
 
 class Predictor(nn.Module):
-    """P_phi."""
+    """P_phi. out_width: numbers of what it predicts for a token; 0: the encoder's width."""
 
     positions: Tensor
 
     def __init__(
         self, grid: tuple[int, ...], encoder_width: int, *,
         width: int, depth: int, heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6, residual: str = "fp32",
+        out_width: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.grid = grid
@@ -34,7 +35,7 @@ class Predictor(nn.Module):
         self.register_buffer("positions", sincos_table(grid, width), persistent=False)  # [N, W]
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, eps) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.proj = nn.Linear(width, encoder_width)
+        self.proj = nn.Linear(width, out_width or encoder_width)
 
     def forward(self, context: Tensor, context_index: Tensor, target_index: Tensor) -> Tensor:
         """One target block an image: context [B, K, D], int64 [B, K] and [B, M] -> predictions [B, M, D].

@@ -95,6 +95,7 @@ class CollapseMonitor:
         *,
         hidden_weight: Tensor | None = None,
         statistics: Statistics | None = None,
+        wanted: Tensor | None = None,
         step: int | None = None,
         wait: float = 0.0,
         last: bool = False,
@@ -109,7 +110,8 @@ class CollapseMonitor:
         a bool mask [B, N], or rows [T] of the flattened [B * N]. None: target is of the same tokens as context.
         hidden: likewise the tokens that the loss is taken at, `hidden_weight` [T] their weights in it (None: equal).
         statistics: what the loss normalised its targets with (model.targets.statistics); None: those of `target`, taken
-        over all processes where `target_norm` needs any.
+        over all processes where `target_norm` needs any. wanted: what the loss regresses on before any normalisation, where
+        that is not `target`: [B, N, P], the patches, for example.
         step: optimizer steps made so far; None counts calls. wait: seconds this step waited for data.
         last: write a record (and examine) whatever the period. more: asked on the steps of a record, on all processes,
         for what else belongs into it. num_inputs: of this step, if features are of a part.
@@ -125,7 +127,7 @@ class CollapseMonitor:
             looks = self._examines(last) if self.examination else self._num_records % RECORDS_A_LOOK == 0
             examined = self.examine(last) | (more() if more else {})
             with torch.no_grad():
-                signals = self._signals(loss, context, target, visible, hidden, hidden_weight, statistics)
+                signals = self._signals(loss, context, target, visible, hidden, hidden_weight, statistics, wanted)
             record = self._write(signals, self._drift(examined, looks), examined)
             if looks and self.identity:
                 self.identity.remember()
@@ -166,7 +168,7 @@ class CollapseMonitor:
 
     def _signals(
         self, loss: Tensor, context: Tensor | None, target: Tensor | None, visible: Tokens, hidden: Tokens,
-        hidden_weight: Tensor | None, statistics: Statistics | None,
+        hidden_weight: Tensor | None, statistics: Statistics | None, wanted: Tensor | None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Device scalars of one step, without a synchronisation."""
         if target is None:
@@ -186,10 +188,12 @@ class CollapseMonitor:
             weight = (
                 target.new_full((len(hidden_rows),), 1 / len(hidden_rows)) if hidden_weight is None else hidden_weight
             )
-            statistics = statistics or statistics_of(target, self.target_norm)
+            copied = context if wanted is None else wanted.flatten(0, 1)[rows]  # what a trivial predictor could copy
+            wanted = target if wanted is None else as_tokens(wanted.detach(), "wanted").float()
+            statistics = statistics or statistics_of(wanted, self.target_norm)
             signals |= skill.trivial_skills(
-                loss, regress(target, self.target_norm, statistics),
-                regress(context, self.target_norm, statistics, positions=rows % n), rows, hidden_rows, weight, self.loss,
+                loss, regress(wanted, self.target_norm, statistics),
+                regress(copied, self.target_norm, statistics, positions=rows % n), rows, hidden_rows, weight, self.loss,
                 self.grid or skill.likely_grid(n), num_processes=self.world.size,
                 mean=partial(parallel.mean, world=self.world), centred=centred_by_own(self.target_norm, statistics),
             )  # fmt: skip

@@ -78,6 +78,11 @@ def check_split(config: Config, size: int) -> None:
             f"--parallel.micro_batch {micro}: targets of --objective.target_norm {norm} need the whole batch at once; "
             "give --objective.target_stats running, or --parallel.micro_batch 0"
         )
+    if 0 < micro < batch // size and config.regularizer.kind != "none":
+        raise UsageError(
+            f"--parallel.micro_batch {micro}: --regularizer.kind {config.regularizer.kind} needs the whole batch at once; "
+            "give --parallel.micro_batch 0"
+        )
     if mode == "single" and size > 1:
         raise UsageError(f"--parallel.mode single, but {size} processes were started; use auto, ddp, fsdp or hsdp")
     if mode == "hsdp" and shards and size % shards:
