@@ -49,6 +49,11 @@ def set_up(config: Config, resume: str, world: World, stop: preemption.Preemptio
     state = checkpoint.read_state(held) if start else None
     per_epoch = len(dataset.train) / config.train.batch_size
     steps = config.train.steps or math.ceil(config.train.epochs * per_epoch)
+    with parallel.lead(world):
+        if steps < start:
+            raise UsageError(
+                f"{folder} has made {start} steps, and --train.steps asks for {steps}: give more, or another --run.dir"
+            )
     warmup = config.optim.warmup_steps + round(config.optim.warmup_epochs * per_epoch)
 
     choice = parallel.choose(config, world)

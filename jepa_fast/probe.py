@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jepa_fast import checkpoint, rundir
+from jepa_fast import checkpoint
 from jepa_fast.config import Config, replace
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.sample import BadSample, Source
 from jepa_fast.data.sources import evaluated
 from jepa_fast.errors import UsageError, one_line_errors
+from jepa_fast.interop.pretrained import build, configuration
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import probes
 
@@ -40,19 +41,18 @@ def load(folder: Path, step: int | None = None) -> tuple[Config, dict[str, nn.Mo
     """
     at = folder if (folder / "meta.json").is_file() else None
     folder = folder.parent.parent if at else folder
-    config = rundir.saved_config(folder)
-    if config is None:
-        raise UsageError(f"{folder} holds no config.json: give the folder of a run of this trainer")
     have = checkpoint.found(folder)
     if at and step is not None:
         raise UsageError(f"--step {step}: {at} is one checkpoint already; give the run folder {folder}")
     if (at is None and not have) or (step is not None and step not in have):
         raise UsageError(f"{folder} has no checkpoint{f' of step {step}' if have else ''}; there is {have or 'none'}")
     path = at or folder / "checkpoints" / f"step-{have[-1] if step is None else step}"
+    state = checkpoint.load(path)
+    config = configuration(state.get("config"), f"the configuration in {path}")
+    trained = build(config, state["model"], str(path))
     torch.manual_seed(config.train.seed)  # as the run drew its weights, before --init.from if there was one
     untrained = JEPA(config).context_encoder
-    trained = JEPA(config)
-    trained.load_state_dict(checkpoint.weights_at(str(path)))
+    trained.load_state_dict(state["model"])
     encoders = {"context": trained.context_encoder, "target": trained.target_encoder, "untrained": untrained}
     return config, {name: encoder.eval() for name, encoder in encoders.items()}, path.resolve().name
 

@@ -53,7 +53,7 @@ def find_start(config: Config, folder: Path, resume: str) -> int:
     _refuse_used(folder)
     saved = saved_config(folder)
     if saved is not None:
-        _refuse_other(saved, config, folder)
+        _refuse_other(saved, config, f"{folder} holds another configuration")
     if saved is not None and not resume:
         raise UsageError(f"{folder} already holds a run: --resume auto to go on with it, or another --run.dir")
     if saved is None and folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {LOCK}):
@@ -61,6 +61,10 @@ def find_start(config: Config, folder: Path, resume: str) -> int:
     step = checkpoint.newest(folder, fall_back=resume == "auto") if resume else None
     if resume == "must" and step is None:
         raise UsageError(f"--resume: no checkpoint in {folder}; --resume auto starts from the beginning")
+    if step:  # the checkpoint's own configuration is the truth: config.json may have been edited since
+        held = folder / "checkpoints" / f"step-{step}"
+        made_with = from_json(str(checkpoint.read_state(held).get("config")), f"the configuration in {held}")
+        _refuse_other(made_with, config, f"{held} was made with another configuration than config.json says")
     return step or 0
 
 
@@ -131,14 +135,14 @@ def _holder(folder: Path) -> dict:
         return {}
 
 
-def _refuse_other(saved: Config, config: Config, folder: Path) -> None:
+def _refuse_other(saved: Config, config: Config, trouble: str) -> None:
     old, new = flatten(saved), flatten(config)
     changed = [name for name in new if old[name] != new[name] and not name.startswith(MAY_CHANGE)]
     if changed:
         name = changed[0]
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UsageError(
-            f"{folder} holds another configuration: {name} is {old[name]!r} there and {new[name]!r} here{more}; "
+            f"{trouble}: {name} is {old[name]!r} there and {new[name]!r} here{more}; "
             "only "
             + ", ".join(m if "." in m.rstrip(".") else f"{m}*" for m in MAY_CHANGE)
             + " may change; give another --run.dir"

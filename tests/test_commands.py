@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_checkpoint_trust import sign
 from test_streams import config, folder, server, values  # noqa: F401  (fixtures)
 
 from jepa_fast import api, probe, shards, train
+from jepa_fast.checkpoint import state
 from jepa_fast.config import replace
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.shards import paths
@@ -19,6 +21,13 @@ COMMAND = "pipe:mkdir executed; #.tar"
 SPELLINGS = [COMMAND, "PIPE:mkdir executed", " pipe:mkdir executed", "pi\tpe:mkdir executed", "pipe://;mkdir executed",
              "Pipe://;mkdir executed", "\x01pipe://;mkdir executed", "{pipe:mkdir executed #,http}://x.tar",
              "http://127.0.0.1:9/a.tar::pipe:mkdir executed"]  # fmt: skip
+
+
+def forge(run, **changes):
+    """The newest checkpoint of a run, with another state."""
+    step = run / "checkpoints" / "step-6"
+    state.write(state.read(step) | changes, step)
+    sign(step)
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +47,10 @@ def test_a_configuration_from_a_file_runs_no_command(path):
 
 def test_a_saved_run_with_a_command_is_neither_probed_nor_resumed(tiny_run, tmp_path, capsys):
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
-    file = run / "config.json"
-    held = json.loads(file.read_text())
+    held = json.loads((run / "config.json").read_text())
     path, held["data"]["path"] = held["data"]["path"], COMMAND
-    file.write_text(json.dumps(held))
+    (run / "config.json").write_text(json.dumps(held))
+    forge(run, config=json.dumps(held))
     assert probe.main([str(run)]) == 2
     assert train.main(["--resume", "--run.dir", str(run), "--train.steps", "8"]) == 2
     said = capsys.readouterr().err

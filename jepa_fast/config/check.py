@@ -29,6 +29,17 @@ ABOVE_0 = (
 )  # fmt: skip
 
 
+# Larger values are slips or attacks: what they ask for would not fit into any machine.
+MOST = {
+    "model.depth": 1000, "model.predictor_depth": 1000, "model.width": 2**16, "model.predictor_width": 2**16,
+    "model.mlp_ratio": 2**10, "model.predictor_mlp_ratio": 2**10, "model.num_patches": 2**20, "data.image_size": 2**16,
+    "data.channels": 2**16, "data.series_length": 2**40, "train.steps": 2**53, "train.epochs": 1e9, "train.seed": 2**63 - 1,
+    "train.batch_size": 2**31, "data.workers": 2**12, "optim.warmup_epochs": 1e9, "optim.warmup_steps": 2**53,
+    "masks.num_targets": 2**16, "masks.group": 2**31, "data.num_samples": 2**53, "monitor.lidar_views": 2**12,
+}  # fmt: skip
+MOST_TOKENS = 2**20
+
+
 def check(config: Config) -> Config:
     """The configuration itself. Raises UsageError naming the first field that cannot work, its value and the mend."""
     _check_ranges(config)
@@ -53,6 +64,8 @@ def _check_ranges(c: Config) -> None:
         _require(0 < get(c, name) < 1, name, get(c, name), mend)
     for name in AT_LEAST_1:
         _require(get(c, name) >= 1, name, get(c, name), "give a whole number of at least 1")
+    for name, most in MOST.items():
+        _require(get(c, name) <= most, name, get(c, name), f"give {most:g} at most")
     for name in NOT_NEGATIVE:
         _require(get(c, name) >= 0, name, get(c, name), "it cannot be negative")
     for name in ABOVE_0:
@@ -126,6 +139,12 @@ def _check_objective(c: Config) -> None:
 
 def _check_geometry(c: Config) -> None:
     m = c.model
+    _require(
+        c.num_tokens <= MOST_TOKENS,
+        "model.patch",
+        m.patch,
+        f"makes {c.num_tokens} tokens of an input, at most {MOST_TOKENS}",
+    )
     _require(m.width % m.heads == 0, "model.width", m.width, f"--model.heads {m.heads} must divide it")
     _require(m.width % 4 == 0, "model.width", m.width, "the sin-cos positions need a multiple of 4")
     _require(

@@ -56,11 +56,13 @@ def from_json(text: str, where: str = "config.json") -> Config:
     has a field that this version does not know."""
     try:
         return _build(Config, json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(f"{where} is not a configuration of this version ({error}); start a new run folder") from None
 
 
 def _build(cls: type, raw: dict[str, Any]) -> Any:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{cls.__name__.lower()} is {str(raw)[:80]}, no section")
     hints = {name.rstrip("_"): (name, kind) for name, kind in typing.get_type_hints(cls).items()}
     unknown = set(raw) - set(hints)
     if unknown:
@@ -69,6 +71,26 @@ def _build(cls: type, raw: dict[str, Any]) -> Any:
     for key, value in raw.items():
         name, kind = hints[key]
         if dataclasses.is_dataclass(kind):
-            value = _build(typing.cast(type, kind), value)
-        values[name] = tuple(value) if isinstance(value, list) else value
+            values[name] = _build(typing.cast(type, kind), value)
+        else:
+            values[name] = _typed(value, kind, key)
     return cls(**values)
+
+
+def _typed(value: Any, kind: Any, key: str) -> Any:
+    """The value as a field of type `kind` holds it; a whole number will do for a float. Raises ValueError."""
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        if isinstance(value, list):
+            kinds = kinds[:1] * len(value) if kinds[1:] == (...,) else kinds
+            if len(kinds) == len(value):
+                return tuple(_typed(v, k, key) for v, k in zip(value, kinds, strict=True))
+    elif typing.get_origin(kind) is typing.Literal:
+        if value in typing.get_args(kind):
+            return value
+    elif type(value) is int and abs(value) >= 2**63:
+        pass
+    elif type(value) is kind or (kind is float and type(value) is int):
+        return value
+    wanted = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
+    raise ValueError(f"{key} is {str(value)[:80]!r}, not {wanted}")

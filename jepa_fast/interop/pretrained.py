@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from jepa_fast import checkpoint
-from jepa_fast.config import Config, from_json, to_json
+from jepa_fast.config import Config, check, from_json, replace, to_json
 from jepa_fast.errors import UsageError
 from jepa_fast.interop import files, hf, official, vit
 from jepa_fast.model.jepa import JEPA
@@ -54,8 +54,7 @@ def load_encoder(path: str | Path, which: Which = "target", step: int | None = N
 def load_jepa(path: str | Path, step: int | None = None) -> tuple[JEPA, Config, int]:
     """(both encoders and predictor, configuration, optimizer steps) of one of our runs, or of its checkpoint. Raises UsageError."""
     config, state, _ = _open_run(Path(path), step)
-    jepa = JEPA(config)
-    vit.check(jepa, state["model"], str(path))
+    jepa = build(config, state["model"], str(path))
     jepa.load_state_dict(state["model"])
     return jepa.eval().requires_grad_(False), config, state["step"]
 
@@ -77,15 +76,33 @@ def _open_run(path: Path, step: int | None) -> tuple[Config, dict[str, Any], Pat
         if step is not None and step not in found:
             raise UsageError(f"{path} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}")
         state = checkpoint.load(path / "checkpoints" / f"step-{found[-1] if step is None else step}")
-    return from_json(state["config"], f"the configuration in {path}"), state, run
+    return configuration(state.get("config"), f"the configuration in {path}"), state, run
+
+
+def configuration(text: Any, where: str) -> Config:
+    """A configuration out of a checkpoint, its values checked. Raises UsageError that names `where`."""
+    try:
+        return check(from_json(text, where))
+    except UsageError as error:
+        raise UsageError(str(error) if where in str(error) else f"{where}: {error}") from None
+
+
+def build(config: Config, weights: dict[str, Any], where: str) -> JEPA:
+    """A JEPA of `config`, which must fit `weights`: checked before any memory is taken. Raises UsageError."""
+    with torch.device("meta"):
+        vit.check(JEPA(config), weights, where)
+    return JEPA(config)
 
 
 def encoder_of(config: Config, weights: dict[str, Any], which: str, where: str) -> Encoder:
     """One encoder of a JEPA's state dict."""
     prefix = f"{which}_encoder."
     own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    few = 4 * (config.model.predictor_heads or config.model.heads)  # the predictor is not wanted: a small one
+    config = replace(config, {"model.predictor_depth": 1, "model.predictor_width": few})
+    with torch.device("meta"):  # no memory is taken before it is known that the weights are there
+        vit.check(getattr(JEPA(config), prefix[:-1]), own, where)
     encoder: Encoder = getattr(JEPA(config), prefix[:-1])
-    vit.check(encoder, own, where)
     encoder.load_state_dict(own)
     return encoder.eval().requires_grad_(False)
 
@@ -125,11 +142,17 @@ def _agreeing(said: str, which: str, path: Path) -> str:
 def _from_file(file: Path, which: str, heads: int) -> Pretrained:
     state, header = files.load(file), files.metadata(file)
     if "jepa_fast" in header:
-        held = json.loads(header["jepa_fast"])
-        config = from_json(json.dumps(held["config"]), str(file))
-        said = _agreeing(held["encoder"], which, file)
+        try:
+            held = json.loads(header["jepa_fast"])
+            config, said, step = json.dumps(held["config"]), str(held["encoder"]), held["step"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UsageError(f"{file}: what its header says of the encoder cannot be read; export it again") from None
+        config = configuration(config, f"the configuration in {file}")
+        if said not in OFFICIAL:
+            raise UsageError(f"{file} says that it holds the encoder {said[:80]!r}; known are {', '.join(OFFICIAL)}")
+        said = _agreeing(said, which, file)
         encoder = encoder_of(config, {f"{said}_encoder.{k}": v for k, v in state.items()}, said, str(file))
-        return Pretrained(encoder, said, f"export {file}", held["step"], config)
+        return Pretrained(encoder, said, f"export {file}", step if type(step) is int else None, config)
     if isinstance(state.get(OFFICIAL[which]), dict):
         encoder, notes = vit.from_vit(state[OFFICIAL[which]], vit.Settings(heads), f"{file} ({OFFICIAL[which]})")
         return Pretrained(encoder, which, f"official checkpoint {file}", _step(state), notes=notes)
