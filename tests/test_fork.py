@@ -29,9 +29,10 @@ def metrics(folder):
 
 def trains_here(monkeypatch):
     """Branches are trained in this process: starting others costs seconds each."""
-    here = lambda self, name, folder: train.main(
-        ["--run.dir", str(folder), "--resume", "auto", "--parallel.threads", "1"]
-    )
+
+    def here(self, name, folder):
+        return train.main(["--run.dir", str(folder), "--resume", "auto", "--parallel.threads", "1"])
+
     monkeypatch.setattr(fork.Trainer, "train", here)
     monkeypatch.setattr(fork, "complete", lambda folder: 6 in checkpoint.found(folder))
 

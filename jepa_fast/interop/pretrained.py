@@ -144,10 +144,10 @@ def _from_file(file: Path, which: str, heads: int) -> Pretrained:
     if "jepa_fast" in header:
         try:
             held = json.loads(header["jepa_fast"])
-            config, said, step = json.dumps(held["config"]), str(held["encoder"]), held["step"]
+            text, said, step = json.dumps(held["config"]), str(held["encoder"]), held["step"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(f"{file}: what its header says of the encoder cannot be read; export it again") from None
-        config = configuration(config, f"the configuration in {file}")
+        config = configuration(text, f"the configuration in {file}")
         if said not in OFFICIAL:
             raise UsageError(f"{file} says that it holds the encoder {said[:80]!r}; known are {', '.join(OFFICIAL)}")
         said = _agreeing(said, which, file)
