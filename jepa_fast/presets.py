@@ -160,6 +160,8 @@ def mnist5k() -> Config:
             "data.image_size": 28,
             "data.mean": (0.13,),
             "data.std": (0.31,),
+            "monitor.probe_test": 1000,
+            "train.steps": 1500,
         },
     )
 

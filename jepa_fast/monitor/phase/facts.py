@@ -2,7 +2,7 @@
 
 Section 4.1: "the reconstruction objective improves, yet the learned representations perform no better than random
 features". Here the first half of the sentence is "the loss has fallen to half of its start", and the second "the better
-encoder's probe is not above the untrained encoder's by two standard errors".
+encoder's probe is not above the untrained encoder's by two standard errors of the difference".
 """
 
 import math
@@ -20,14 +20,14 @@ ASSUMED_TESTS = 1320  # test samples of a log that does not say how many; FordA'
 
 
 def probe_margin(untrained: float, num_test: float | None) -> float:
-    """The accuracy that counts as a difference: two standard errors of the untrained encoder's accuracy.
+    """The accuracy that counts as a difference: two standard errors of the difference of two accuracies near `untrained`.
 
-    2 sqrt(p (1 - p) / m) with m test samples; p is moved towards one half by two samples of each kind (Agresti and Coull),
-    so that an accuracy of 0 or 1 on a few samples is not taken as certain. About .027 on FordA, .41 on four samples.
+    2 sqrt(2 p (1 - p) / m) with m test samples; p is moved towards one half by two samples of each kind (Agresti and Coull),
+    so that an accuracy of 0 or 1 on a few samples is not taken as certain. About .039 on FordA, .7 on four samples.
     """
     m = num_test if num_test and num_test >= 1 else ASSUMED_TESTS
     p = (untrained * m + 2) / (m + 4)
-    return 2 * math.sqrt(p * (1 - p) / m)
+    return 2 * math.sqrt(2 * p * (1 - p) / m)
 
 
 class Look(NamedTuple):
@@ -141,7 +141,7 @@ class Facts:
         began = f"the loss had fallen to half of its start ({self.loss.start:.3g}) at step {self.begun}, features not useful"
         ended = f"useful from step {end}, {length} steps later" if end is not None else "not useful up to here"
         fell = f"the loss fell {self.loss.factor:.1f}x, the better probe {100 * -self.worst:.1f} points below the untrained encoder's at most"
-        return Event(PHASE, self.begun, now, 0.95, (began, ended, fell), end, length, round(share, 4), round(-self.worst, 4),
+        return Event(PHASE, self.begun, now, 0.95, (began, ended, fell), end, length, round(share, 4), round(abs(self.worst), 4),
                      round(self.loss.factor, 3))  # fmt: skip
 
 
