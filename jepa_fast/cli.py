@@ -86,7 +86,7 @@ def _take_dry_run(argv: list[str]) -> tuple[list[str], int]:
     i = argv.index("--dry-run")
     given = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("-") else ""
     if given and given not in PRESETS:
-        if not given.isdigit() or not int(given):
+        if not given.isdecimal() or not int(given):
             raise UsageError(f"--dry-run {given}: give a number of processes, as in --dry-run 8")
         return argv[:i] + argv[i + 2 :], int(given)
     return argv[:i] + argv[i + 1 :], int(os.environ.get("WORLD_SIZE", 1))

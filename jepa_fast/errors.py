@@ -3,15 +3,49 @@
 import argparse
 import functools
 import os
+import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
 
 
 class UsageError(ValueError):
-    """Bad input. The message names the value, the place and the mend, on one line."""
+    """Bad input. The message names the value, the place and the fix, on one line.
+
+    Names in it may come from files: control characters and what is no text are written as escapes.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
+
+# What reading a malformed file raises, whatever reads it.
+MALFORMED = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError, EOFError, MemoryError,
+    struct.error, zlib.error,
+)  # fmt: skip
+
+
+@contextmanager
+def reading(file: Path | str, kind: str) -> Iterator[None]:
+    """Around everything that reads and believes `file`: any failure is one UsageError with its name.
+
+    kind: what it should be, as in 'a checkpoint'. JEPA_FAST_DEBUG=1 shows where it failed.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror or error}") from error
+    except MALFORMED as error:
+        said = (str(error).strip() or "-").splitlines()[0][:200]
+        raise UsageError(f"{file} is not {kind} that can be read ({type(error).__name__}: {said})") from error
 
 
 class Arguments(argparse.ArgumentParser):

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from jepa_fast.bounded import read_bytes
 from jepa_fast.errors import UsageError
 
 MACHINE = (
@@ -103,15 +104,33 @@ def _told(path: Path | str) -> Iterator[None]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; a line cut short by a kill is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue
+    """The records of a JSONL file. A last line cut short by a kill is left out; other lines that are no record of a step
+    (after a power cut, say) too, and counted in a warning. Raises UsageError if the file cannot be read at all.
+    """
+    if not path.exists():
+        return []
+    try:
+        lines = read_bytes(path).split(b"\n")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    records, bad = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and _is_step(record.get("step")):
+            records.append(record)
+        elif line.strip() and number < len(lines):
+            bad.append(number)
+    if bad:
+        told = f"{len(bad)} lines are" if len(bad) > 1 else "a line is"
+        print(f"warning: {path}: {told} no record and left out (line {bad[0]})", file=sys.stderr)
     return records
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 2**53
 
 
 LASTING = ("resume", "preempted")  # what happened to the process, and not on the way of the weights

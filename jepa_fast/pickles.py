@@ -90,6 +90,8 @@ def _run(data: bytes) -> Any:
             if function.args is not None:
                 raise PickleError(f"it calls what {function.name} returns")
             stack.append(Record(function.name, args))
+        elif name == "BINPERSID":  # torch's storages
+            stack.append(Record("persistent id", (stack.pop(),)))
         elif name == "BUILD":
             state = stack.pop()
             built = _expect(stack[-1], Record)

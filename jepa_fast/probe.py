@@ -22,7 +22,7 @@ from jepa_fast.config import Config, replace
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.sample import BadSample, Source
 from jepa_fast.data.sources import evaluated
-from jepa_fast.errors import UsageError, one_line_errors
+from jepa_fast.errors import UsageError, one_line_errors, reading
 from jepa_fast.interop.pretrained import build, configuration
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import probes
@@ -161,6 +161,17 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _earlier(file: Path) -> list[dict[str, Any]]:
+    """What probe.json holds from before. Raises UsageError if it cannot be read."""
+    if not file.exists():
+        return []
+    with reading(file, "the record of earlier probes"):
+        held = json.loads(file.read_text())
+        if not all(isinstance(entry, dict) and {"checkpoint", "data"} <= entry.keys() for entry in held):
+            raise ValueError("no list of probes; move it away")
+        return held
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jepa_fast.probe", description=__doc__.split("\n")[0])
@@ -187,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = folder.parent.parent if (folder / "meta.json").is_file() else folder
     print(table(found))
     beside = folder / ".probe.json.partial"
-    earlier = json.loads((folder / "probe.json").read_text()) if (folder / "probe.json").exists() else []
+    earlier = _earlier(folder / "probe.json")
     kept = [e for e in earlier if (e["checkpoint"], e["data"]) != (found["checkpoint"], found["data"])]
     beside.write_text(json.dumps([*kept, found], indent=1) + "\n")
     beside.rename(folder / "probe.json")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import IO
 
 from jepa_fast import checkpoint
+from jepa_fast.bounded import read_text
 from jepa_fast.config import Config, flatten, from_json, replace, to_json
-from jepa_fast.errors import UsageError
+from jepa_fast.errors import UsageError, reading
 
 # What may differ when a run goes on: how long, how often it writes, on how many devices, and where the data lie (what
 # they are is compared by itself).
@@ -17,7 +18,7 @@ MAY_CHANGE = (
     "train.steps", "train.epochs", "log.", "checkpoint.", "parallel.", "profile.", "run.dir",
     "data.workers", "data.path", "data.max_bad_share",
 )  # fmt: skip
-LOCK = ".lock"
+LOCK, PARTIAL = ".lock", ".config.json.partial"
 
 
 def next_free(preset: str, root: Path = Path("runs")) -> Path:
@@ -35,13 +36,16 @@ def newest(preset: str, root: Path = Path("runs"), own: bool = False) -> Path | 
 
 def _numbers(preset: str, root: Path) -> list[int]:
     tails = (path.name.removeprefix(f"{preset}-") for path in root.glob(f"{preset}-*"))
-    return [int(tail) for tail in tails if tail.isdigit()]
+    return [int(tail) for tail in tails if tail.isdecimal() and tail.isascii()]
 
 
 def saved_config(folder: Path) -> Config | None:
     """The configuration a run folder holds, or None. Raises UsageError if it cannot be read."""
     file = folder / "config.json"
-    return from_json(file.read_text(), str(file)) if file.exists() else None
+    if not file.exists():
+        return None
+    with reading(file, "a configuration"):
+        return from_json(read_text(file), str(file))
 
 
 def find_start(config: Config, folder: Path, resume: str) -> int:
@@ -56,7 +60,7 @@ def find_start(config: Config, folder: Path, resume: str) -> int:
         _refuse_other(saved, config, f"{folder} holds another configuration")
     if saved is not None and not resume:
         raise UsageError(f"{folder} already holds a run: --resume auto to go on with it, or another --run.dir")
-    if saved is None and folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {LOCK}):
+    if saved is None and folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {LOCK, PARTIAL}):
         raise UsageError(f"{folder} exists, is not empty and holds no run: give another --run.dir")
     step = checkpoint.newest(folder, fall_back=resume == "auto") if resume else None
     if resume == "must" and step is None:
@@ -77,9 +81,14 @@ def claim(config: Config, folder: Path, new: bool) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=not new)
         lock = _lock(folder)
         checkpoint.sweep(folder)
-        partial = folder / ".config.json.partial"
-        partial.write_text(to_json(replace(config, {"run.dir": str(folder)})))
-        partial.rename(folder / "config.json")
+        partial = folder / PARTIAL
+        try:
+            partial.write_text(to_json(replace(config, {"run.dir": str(folder)})))
+            partial.rename(folder / "config.json")
+        except OSError:  # a full disk: leave nothing half written behind
+            partial.unlink(missing_ok=True)
+            lock.close()
+            raise
         return lock
     except FileExistsError:
         raise UsageError(f"{folder} was taken by another run just now; start again, or give a --run.dir") from None

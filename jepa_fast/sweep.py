@@ -82,7 +82,7 @@ def parse(argv: list[str]) -> Plan:
     if not axes:
         raise UsageError("nothing to sweep over: give a field several values, as in --ema.decay .99,.996,.999")
     folder = Path(options["--dir"] or f"sweeps/{preset}-{'-'.join(axes)}")
-    if options["--jobs"] and not (options["--jobs"].isdigit() and int(options["--jobs"])):
+    if options["--jobs"] and not (options["--jobs"].isdecimal() and int(options["--jobs"])):
         raise UsageError(f"--jobs {options['--jobs']}: give a number of processes of at least 1")
     jobs = int(options["--jobs"] or min(2, cores.usable()))
     plan = Plan(preset, axes, fixed, folder, jobs, dry)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from together import together
 
+from fused_ema.op import local
 from jepa_fast import checkpoint, parallel
 from jepa_fast.config import replace
 from jepa_fast.errors import UsageError
@@ -166,3 +167,39 @@ def test_what_keeps_the_main_process_from_writing_stops_all_and_one_says_so(tmp_
     assert other == ["SystemExit: 2"] * 2
     assert "step-1: Not a directory; earlier checkpoints are intact" in main[0]
     assert "step-1: Read-only file system; earlier checkpoints are intact" in main[1]
+
+
+def sharded(rank, folder):
+    """Save a sharded, a replicated and an unevenly cut tensor from two processes; read them back on both."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    world = parallel.join(replace(preset("demo"), {"parallel.threads": 1}))
+    mesh = init_device_mesh("cpu", (world.size,))
+    whole = {
+        "model.w": torch.arange(15.0).reshape(5, 3),
+        "model.r": torch.arange(4.0),
+        "model.few": torch.ones(1, 2).bfloat16(),
+    }
+    placed = {"model.w": [Shard(0)], "model.r": [Replicate()], "model.few": [Shard(0)]}
+    tensors = {name: distribute_tensor(value, mesh, placed[name]) for name, value in whole.items()} | {
+        "plain": torch.ones(2)
+    }
+    writer = checkpoint.Writer(Path(folder), keep=0, group=world.files)
+    writer.save(1, tensors, {"step": 1})
+    writer.finish()
+    into = {name: value * 0 for name, value in tensors.items()}
+    checkpoint.restore(Path(folder) / "checkpoints" / "step-1", into, world.host, "it")
+    same = [torch.equal(local(into[n]), local(tensors[n])) for n in tensors]
+    writer.close()
+    parallel.leave()
+    return same
+
+
+@pytest.mark.dist
+def test_what_two_processes_saved_in_shards_both_read_back_and_one_too(tmp_path):
+    assert together(2, sharded, str(tmp_path)) == [[True] * 4] * 2
+    held = checkpoint.load(tmp_path / "checkpoints" / "step-1")["model"]
+    assert held["w"].tolist() == torch.arange(15.0).reshape(5, 3).tolist() and held["r"].tolist() == [0, 1, 2, 3]
+    assert held["few"].dtype == torch.bfloat16 and held["few"].shape == (1, 2)
+    assert len(list((tmp_path / "checkpoints" / "step-1").glob("tensors-*.safetensors"))) == 2

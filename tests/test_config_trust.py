@@ -94,6 +94,13 @@ def test_every_configuration_comes_back_from_its_json():
         assert flatten(from_json(to_json(preset(name)))) == flatten(preset(name))
 
 
+def test_a_target_norm_of_the_first_version_still_loads():
+    held = json.loads(to_json(Config()))
+    for old, new in ((True, "layer"), (False, "none")):
+        held["objective"]["target_norm"] = old
+        assert from_json(json.dumps(held)).objective.target_norm == new
+
+
 def test_a_checkpoint_without_its_configuration_is_one_line(run):
     step = run / "checkpoints" / "step-6"
     for config in (None, 3, "x"):

@@ -72,7 +72,7 @@ def test_training_and_test_files_find_each_other(tmp_path):
     ("d.tsv", "1\t2\tNaN\n", "series 1 of 1 holds a missing or infinite value"),
     ("e.ts", "1,2,3:1\n", "line 1: data before the @data line"),
     ("f.npy", "rubbish", "f.npy cannot be read as .npy"),
-    ("g.pt", "rubbish", "g.pt cannot be read as .pt"),
+    ("g.pt", "rubbish", "g.pt cannot be read"),
     ("h.txt", "1 2", "not a file of series"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_with_the_place(tmp_path, name, text, says):

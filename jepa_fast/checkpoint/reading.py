@@ -25,7 +25,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeE
 def found(folder: Path) -> list[int]:
     """Steps of the complete checkpoints of a run folder, oldest first."""
     steps = (path.parent.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*/meta.json"))
-    return sorted(int(s) for s in steps if s.isdigit())
+    return sorted(int(s) for s in steps if s.isascii() and s.isdecimal() and len(s) < 19)
 
 
 def verify(path: Path) -> None:

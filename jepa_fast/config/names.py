@@ -86,7 +86,7 @@ def _typed(value: Any, kind: Any, key: str) -> Any:
             if len(kinds) == len(value):
                 return tuple(_typed(v, k, key) for v, k in zip(value, kinds, strict=True))
     elif typing.get_origin(kind) is typing.Literal:
-        if value in typing.get_args(kind):
+        if value in typing.get_args(kind) or (key == "target_norm" and type(value) is bool):  # bool: of version 0.1
             return value
     elif type(value) is int and abs(value) >= 2**63:
         pass

@@ -49,7 +49,7 @@ def open_dataset(config: Config, typed: bool = False) -> Dataset:
     typed: the user gave `data.path` by hand, so `pipe:` in it may run a command; a path from a file may not.
     """
     data = config.data
-    if not typed:
+    if data.path and not typed:
         paths.refuse_commands(data.path)
     if not data.path and not data.embedded:
         raise UsageError(f"preset {config.preset} needs --data.path: {data.hint}")

@@ -145,7 +145,7 @@ def _merged(records: list[dict[str, Any]], measured: list[dict[str, Any]]) -> li
 def _free(log: Path) -> Path:
     stem = (log.resolve().name if log.is_dir() else log.name.split(".")[0]) or "log"
     taken = (path.name.removeprefix(f"{stem}-") for path in Path("diagnoses").glob(f"{stem}-*"))
-    return Path("diagnoses") / f"{stem}-{max([int(n) for n in taken if n.isdigit()], default=0) + 1}"
+    return Path("diagnoses") / f"{stem}-{max([int(n) for n in taken if n.isdecimal()], default=0) + 1}"
 
 
 def _write(folder: Path, records: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:

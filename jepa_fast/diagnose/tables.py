@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jepa_fast.bounded import read_bytes
 from jepa_fast.diagnose import tfevents
-from jepa_fast.errors import UsageError
+from jepa_fast.errors import UsageError, reading
 
 KNOWN = "CSV, JSON lines, TensorBoard event files, a W&B export, the text that I-JEPA or V-JEPA print, or a run folder"
 # columns that say which trainer wrote a CSV; the first that fits
@@ -39,10 +40,13 @@ class Table:
 
 def read(path: Path) -> Table:
     """The table in a log file, a folder of TensorBoard events, or a run folder. Raises UsageError."""
-    if path.is_dir():
-        return _read_folder(path)
+    with reading(path, "a log"):
+        return _read_folder(path) if path.is_dir() else _read_file(path)
+
+
+def _read_file(path: Path) -> Table:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}); give a log file: {KNOWN}") from None
     for magic, name in BINARY.items():
@@ -100,7 +104,7 @@ def tfevents_table(files: list[Path]) -> Table:
 
 def _read_csv(text: str) -> Table:
     """Header lines may stand anywhere: a restarted trainer appends another one."""
-    lines = list(csv.reader(io.StringIO(text), delimiter=_delimiter(text)))
+    lines = _cells(text)
     lines = [[cell.strip() for cell in line] for line in lines if any(cell.strip() for cell in line)]
     header: list[str] = []
     rows, broken = [], 0
@@ -118,6 +122,15 @@ def _read_csv(text: str) -> Table:
         kind = "W&B chart"
     notes = [f"{broken} line(s) cut short or without a header were left out"] if broken else []
     return Table(kind, rows, notes)
+
+
+def _cells(text: str) -> list[list[str]]:
+    """The cells of each line. A quote that is never closed would swallow the rest: such a table is read without quoting."""
+    delimiter = _delimiter(text)
+    try:
+        return list(csv.reader(io.StringIO(text), delimiter=delimiter, strict=True))
+    except csv.Error:
+        return [line.split(delimiter) for line in text.splitlines()]
 
 
 def _delimiter(text: str) -> str:
@@ -166,12 +179,12 @@ def _read_json_lines(text: str) -> Table:
     return Table("jepa-fast's metrics.jsonl" if ours else "JSON lines", rows, notes)
 
 
-def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested records under names joined by '/'."""
+def _flat(record: dict[str, Any], prefix: str = "", depth: int = 0) -> dict[str, float]:
+    """Nested records under names joined by '/'; what lies deeper than anybody nests is left out."""
     row: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, dict):
-            row |= _flat(value, f"{prefix}{key}/")
+            row |= _flat(value, f"{prefix}{key}/", depth + 1) if depth < 8 else {}
         elif (v := number(value)) is not None:
             row[prefix + key] = v
     return row

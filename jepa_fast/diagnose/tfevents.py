@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from jepa_fast.bounded import read_bytes
 from jepa_fast.errors import UsageError
 
 FLOAT, DOUBLE = 1, 2  # TensorProto's dtype
@@ -21,15 +22,14 @@ def looks_like(data: bytes) -> bool:
 
 def began(file: Path) -> float:
     """Wall time of the first entry; 0 if there is none."""
-    with file.open("rb") as stream:
-        head = stream.read(4096)
+    head = read_bytes(file)[:4096]
     frame = next(_frames(head), b"")
     return next((struct.unpack("<d", v)[0] for n, v in _fields(frame) if n == 1 and isinstance(v, bytes)), 0.0)
 
 
 def scalars(file: Path) -> tuple[list[tuple[int, str, float]], bool]:
     """((step, tag, value) in the order written, whether the file ends with a whole entry). Raises UsageError."""
-    data = file.read_bytes()
+    data = read_bytes(file)
     out: list[tuple[int, str, float]] = []
     used = 0
     try:
@@ -47,8 +47,31 @@ def _frames(data: bytes) -> Iterator[bytes]:
         (length,) = struct.unpack_from("<Q", data, at)
         if at + 16 + length > len(data):
             return
+        if struct.unpack_from("<I", data, at + 8)[0] != _masked_crc(data[at : at + 8]):
+            raise IndexError("a length that is not what was written")
         yield data[at + 12 : at + 12 + length]
         at += 16 + length
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for byte in range(256):
+        for _ in range(8):
+            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
+        table.append(byte)
+    return table
+
+
+CRC32C = _crc_table()
+
+
+def _masked_crc(data: bytes) -> int:
+    """CRC-32C as TFRecord stores it. Of the lengths only: of the data it would take Python too long."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = CRC32C[(crc ^ byte) & 255] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -76,6 +99,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
+        if shift > 63:
+            raise IndexError("a number without an end")
         byte = data[at]
         value |= (byte & 127) << shift
         at, shift = at + 1, shift + 7

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from jepa_fast import api, checkpoint
-from jepa_fast.errors import UsageError
+from jepa_fast.errors import UsageError, reading
 from jepa_fast.interop import files
 from jepa_fast.interop.official import PARTS
 from jepa_fast.monitor import spectrum
@@ -49,11 +49,12 @@ def measure(
     found: dict[int, Record] = {}
     said: dict[int, str] = {}
     for file in matched:
-        state = checkpoint.load(file) if file.is_dir() else files.load(file)
-        step = _step(state, steps_per_epoch)
-        if step is None:
-            raise UsageError(f"{file} says neither its step nor its epoch; diagnose the log without --checkpoints")
-        found[step] = {"step": step} | drift(*encoders(state, file), str(file))
+        with reading(file, "a checkpoint"):
+            state = checkpoint.load(file) if file.is_dir() else files.load(file)
+            step = _step(state, steps_per_epoch)
+            if step is None:
+                raise UsageError(f"{file} says neither its step nor its epoch; diagnose the log without --checkpoints")
+            found[step] = {"step": step} | drift(*encoders(state, file), str(file))
         if data:
             found[step] |= examine(file, data, heads)
             said[step] = f"step {step:,} ({file.name}): the file holds no predictor, so nothing is said of its skill"

@@ -1,10 +1,12 @@
 """The model card that travels with an export. In: an encoder and the run it is of. Out: README.md's text."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from jepa_fast import __version__
+from jepa_fast.bounded import shown
 from jepa_fast.config import Config
 from jepa_fast.data.readers.generated import SETS
 from jepa_fast.interop import Pretrained
@@ -45,14 +47,14 @@ def card(found: Pretrained, run: Path, format: str) -> str:
 library_name: {library}
 tags: [jepa, {"i-jepa" if config.data.kind == "images" else "ts-jepa"}, self-supervised, feature-extraction]
 ---
-# {config.preset}: {held.replace("*", "")}
+# {plain(config.preset)}: {held.replace("*", "")}
 
 This holds {held} of a JEPA after {found.step:,} optimizer steps. {other}
 
 | | |
 |---|---|
 | data | {_data(config)} |
-| recipe | preset `{config.preset}`, batch {config.train.batch_size}, masks `{config.masks.mode}`, loss `{config.objective.loss}`, EMA decay {config.ema.decay:g} to {config.ema.final_decay:g} ({config.ema.schedule}), seed {config.train.seed} |
+| recipe | preset `{plain(config.preset)}`, batch {config.train.batch_size}, masks `{config.masks.mode}`, loss `{config.objective.loss}`, EMA decay {config.ema.decay:g} to {config.ema.final_decay:g} ({config.ema.schedule}), seed {config.train.seed} |
 | encoder | width {config.model.width}, depth {config.model.depth}, {config.model.heads} heads, {config.num_tokens} tokens, no class token |
 | steps | {found.step:,} |
 | written by | jepa-fast {__version__}{_commit()} |
@@ -73,6 +75,11 @@ This holds {held} of a JEPA after {found.step:,} optimizer steps. {other}
 """
 
 
+def plain(name: str) -> str:
+    """A name as it may stand in Markdown, in YAML and on a terminal: what has a meaning there becomes `_`."""
+    return re.sub(r"[^\w .,:+@=/-]", "_", shown(name), flags=re.ASCII)[:100].strip() or "_"
+
+
 def _other(which: str) -> str:
     if which == "target":
         return "The target encoder (the slow average) is the one that papers evaluate; the context encoder is another."
@@ -81,7 +88,7 @@ def _other(which: str) -> str:
 
 def _data(config: Config) -> str:
     if config.data.path:
-        return f"`{Path(config.data.path).name}`, {config.data.kind}"
+        return f"`{plain(Path(config.data.path).name)}`, {config.data.kind}"
     return SETS[config.data.embedded].description if config.data.embedded in SETS else config.data.kind
 
 

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jepa_fast.errors import UsageError
+from jepa_fast.bounded import read_text
+from jepa_fast.errors import MALFORMED, UsageError
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -35,15 +36,27 @@ def load(file: Path) -> dict[str, Any]:
         raise UsageError(
             f"{file} holds more than tensors{code}, or is no checkpoint; nothing in it was executed: save its state dicts again"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         said = str(error).splitlines()[0] if isinstance(error, (OSError, RuntimeError)) and str(error) else ""
         raise UsageError(
             f"{file} cannot be read as a checkpoint ({said or 'neither a torch file nor safetensors'}); "
             "give a .pth.tar, .pt, .bin or .safetensors"
         ) from None
+    if _inflated(state, set()):
+        raise UsageError(f"{file} holds tensors that are larger than the file; save its state dicts again")
     if not isinstance(state, dict):
         raise UsageError(f"{file} holds a {type(state).__name__}, not a dict of weights; give a trainer's checkpoint")
     return state
+
+
+def _inflated(state: Any, seen: set[int]) -> bool:
+    """Whether a tensor is larger than what is stored of it: with a stride of 0 one number can stand for a terabyte."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size() > state.untyped_storage().nbytes()
+    if not isinstance(state, (dict, list, tuple)) or id(state) in seen:
+        return False
+    seen.add(id(state))
+    return any(_inflated(value, seen) for value in (state.values() if isinstance(state, dict) else state))
 
 
 def metadata(file: Path) -> dict[str, str]:
@@ -62,8 +75,8 @@ def load_folder(folder: Path) -> dict[str, Tensor]:
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
             try:
-                parts = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+                parts = sorted(set(json.loads(read_text(folder / index))["weight_map"].values()))
+            except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise UsageError(f"{folder / index} is damaged ({error}); copy the folder again") from None
             return {name: value for part in parts for name, value in load(folder / Path(part).name).items()}
     for name in ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from jepa_fast.bounded import read_text
 from jepa_fast.errors import UsageError
 from jepa_fast.interop.vit import Settings, Weights, first_block
 from jepa_fast.model.vit import Encoder
@@ -112,8 +113,8 @@ def settings(folder: Path) -> Settings:
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        held = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        held = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{file} cannot be read ({str(error).splitlines()[0]}); give the folder that the library wrote"
         ) from None

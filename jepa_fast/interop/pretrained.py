@@ -9,7 +9,7 @@ import torch
 
 from jepa_fast import checkpoint
 from jepa_fast.config import Config, check, from_json, replace, to_json
-from jepa_fast.errors import UsageError
+from jepa_fast.errors import UsageError, reading
 from jepa_fast.interop import files, hf, official, vit
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.model.vit import Encoder
@@ -42,13 +42,14 @@ def load_encoder(path: str | Path, which: Which = "target", step: int | None = N
     path = Path(path)
     if which not in OFFICIAL:
         raise UsageError(f"which is {which!r}; give 'target' or 'context'")
-    if not path.exists():
-        raise UsageError(f"{path} does not exist; give a run folder or a checkpoint")
-    if (path / "checkpoints").is_dir() or (path / "meta.json").is_file():
-        return _from_run(path, which, step)
-    if path.is_dir():
-        return _from_folder(path, which, heads)
-    return _from_file(path, which, heads)
+    with reading(path, "an encoder"):
+        if not path.exists():
+            raise UsageError(f"{path} does not exist; give a run folder or a checkpoint")
+        if (path / "checkpoints").is_dir() or (path / "meta.json").is_file():
+            return _from_run(path, which, step)
+        if path.is_dir():
+            return _from_folder(path, which, heads)
+        return _from_file(path, which, heads)
 
 
 def load_jepa(path: str | Path, step: int | None = None) -> tuple[JEPA, Config, int]:

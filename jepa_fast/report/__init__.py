@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jepa_fast import rundir
 from jepa_fast.config import Config
-from jepa_fast.errors import UsageError, one_line_errors
+from jepa_fast.errors import UsageError, one_line_errors, reading
 from jepa_fast.log import read
 from jepa_fast.monitor import phase
 from jepa_fast.report import compare, coverage, paper
@@ -33,6 +33,11 @@ runs, figure-N.png and .svg."""
 
 def write(run_dir: Path) -> Path:
     """Write report.html, phase.png and phase.svg into the run folder; the path of the first. Raises UsageError."""
+    with reading(run_dir, "a run"):
+        return _write(run_dir)
+
+
+def _write(run_dir: Path) -> Path:
     records = _entries(run_dir / "metrics.jsonl")
     events = [e for e in _entries(run_dir / "events.jsonl") if "kind" in e]
     if not any("evidence" in e for e in events):  # another project's log, which has none

@@ -50,7 +50,7 @@ def _settings(file: Path) -> dict[str, Any]:
     """The fields of a config.json under their names, as they stand: pictures do not ask for this version's."""
     try:
         raw = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     sections = {k: v for k, v in raw.items() if isinstance(v, dict)} if isinstance(raw, dict) else {}
     return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}

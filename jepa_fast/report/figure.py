@@ -177,6 +177,11 @@ def _draw(ax: Axes, scale: str, lines: tuple[Line, ...], records: list[Record], 
     label_ends(ax, ends, inches, room)
 
 
+def literal(name: str) -> str:
+    """A name from a file as matplotlib shall write it: `$...$` in it is no formula."""
+    return name.replace("$", r"\$")
+
+
 def label_ends(ax: Axes, ends: list[tuple[float, str, str]], inches: float, room: float = 0.0) -> None:
     """(value, text, colour) of each line: written at its right end, moved apart where they would touch.
 
@@ -194,7 +199,7 @@ def label_ends(ax: Axes, ends: list[tuple[float, str, str]], inches: float, room
     for i in reversed(range(len(at))):
         at[i] = min(at[i], at[i + 1] - gap if i + 1 < len(at) else 1.0)
     for y, (_, text, colour) in zip(at, ends, strict=True):
-        ax.text(1.015, y, text, transform=ax.transAxes, va="center", fontsize=8, color=colour)
+        ax.text(1.015, y, literal(text), transform=ax.transAxes, va="center", fontsize=8, color=colour)
 
 
 def _mark(ax: Axes, points: list[tuple[int, float]], event: Record) -> None:
@@ -206,7 +211,7 @@ def _mark(ax: Axes, points: list[tuple[int, float]], event: Record) -> None:
     side = "left" if across < 0.6 else "right"  # beside its line, not across it
     ax.vlines(step, ax.get_ylim()[0], value, color=LIGHT["ink"], linewidth=0.7)
     ax.plot([step], [value], "o", color=LIGHT["ink"], markersize=4)
-    ax.annotate(f"{event['kind'].replace('_', ' ')}, step {event['step']:,}", (step, 0.03), ha=side, va="bottom", fontsize=8,
+    ax.annotate(f"{literal(str(event['kind'])).replace('_', ' ')}, step {event['step']:,}", (step, 0.03), ha=side, va="bottom", fontsize=8,
                 xycoords=ax.get_xaxis_transform(), xytext=(4 if side == "left" else -4, 0), textcoords="offset points",
                 color=LIGHT["ink"])  # fmt: skip
 
@@ -220,7 +225,7 @@ def below(records: list[Record], events: list[Record]) -> list[tuple[int, int]]:
 def _layers(records: list[Record], prefix: str) -> list[str]:
     """In the order of the encoder: embedding, blocks by number, the rest."""
     names = {k for r in records for k in r if k.startswith(prefix)} - {f"{prefix}total"}
-    numbered = [(int(n.rsplit(".", 1)[-1]) if n.rsplit(".", 1)[-1].isdigit() else -1, n) for n in names]
+    numbered = [(int(n.rsplit(".", 1)[-1]) if n.rsplit(".", 1)[-1].isdecimal() else -1, n) for n in names]
     ends = sorted(n for number, n in numbered if number < 0)
     first = [n for n in ends if "embed" in n]
     return [*[n for n in ends if n not in first][::-1], *[n for number, n in sorted(numbered, reverse=True) if number >= 0], *first]  # fmt: skip
@@ -237,7 +242,7 @@ def _draw_layers(ax: Axes, rows: list[Record], names: list[str], prefix: str) ->
     ax.set_title(title, loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
     ax.pcolormesh([row["step"] for row in rows], range(len(names)), drawn, norm=LogNorm(low, high), cmap="cividis",
                   shading="nearest", rasterized=True)  # fmt: skip
-    ax.set_yticks(range(len(names)), [key.removeprefix(prefix) for key in names])
+    ax.set_yticks(range(len(names)), [literal(key.removeprefix(prefix)) for key in names])
 
 
 def svg(figure: Figure) -> str:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from jepa_fast.errors import UsageError
 from jepa_fast.report.compare import Compared, order, smooth
-from jepa_fast.report.figure import LIGHT, SMALL, bare, below, label_ends, log_axis, svg, thinned
+from jepa_fast.report.figure import LIGHT, SMALL, bare, below, label_ends, literal, log_axis, svg, thinned
 from jepa_fast.report.verdict import last_of, values
 
 CAPTIONS = {
@@ -160,7 +160,7 @@ def _many(left: Axes, right: Axes, runs: Sequence[Compared], hues: list[str]) ->
 def _shortened(labels: list[str], most: int) -> list[str]:
     """Long names without their middle, numbered where that leaves them alike, or they would take the curves' room."""
     cut = [name if len(name) <= most else f"{name[: most - most // 3 - 1]}…{name[-(most // 3) :]}" for name in labels]
-    return [f"{i}: {name}" if cut.count(name) > 1 else name for i, name in enumerate(cut, start=1)]
+    return [literal(f"{i}: {name}" if cut.count(name) > 1 else name) for i, name in enumerate(cut, start=1)]
 
 
 def _bottom(run: Compared) -> int:

@@ -74,6 +74,16 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is on the meta device; materialise it first")
 
 
+def check_stored(name: str, tensor: Tensor) -> None:
+    """The memory of every element is still there: a storage can be freed or shrunk under a tensor."""
+    if not tensor.numel():
+        return
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    need = (tensor.storage_offset() + reach + 1) * tensor.element_size()
+    if tensor.untyped_storage().nbytes() < need:
+        raise ValueError(f"the storage of {name} was freed or shrunk: {need} bytes are needed; give it memory first")
+
+
 def check_dtype(name: str, tensor: Tensor) -> None:
     if tensor.is_complex():
         raise TypeError(f"{name} is {tensor.dtype}; keep it as real numbers (torch.view_as_real) to average it")

@@ -15,7 +15,16 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from fused_ema.backends import available_backends, choose_backend, make_plan
-from fused_ema.check import check_decay, check_gate, check_layers, check_overlap, check_pairs, check_placements, label
+from fused_ema.check import (
+    check_decay,
+    check_gate,
+    check_layers,
+    check_overlap,
+    check_pairs,
+    check_placements,
+    check_stored,
+    label,
+)
 from fused_ema.plan import Plan, PlanCache
 
 _PLAIN = {Tensor, Parameter}
@@ -129,6 +138,9 @@ def _run(
 
     def build() -> Plan:
         check_pairs(targets, sources, copies, names)
+        for role, tensors in (("target", targets), ("source", sources), ("copy", copies)):
+            for i, tensor in enumerate(tensors):
+                check_stored(label(role, i, names), tensor)
         written = [(label("target", i, names), t) for i, t in enumerate(targets)]
         written += [(label("copy", i, names), c) for i, c in enumerate(copies)]
         check_overlap(written, [(label("source", i, names), s) for i, s in enumerate(sources)])

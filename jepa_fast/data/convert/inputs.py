@@ -6,7 +6,6 @@ taken over byte by byte, CIFAR becomes PNG, series become .npy of float32 [C, L]
 
 import io
 import os
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +13,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from jepa_fast.bounded import read_bytes
 from jepa_fast.data.opened import digest
 from jepa_fast.data.readers import cifar, from_shards, image_folder, series, series_folder
 from jepa_fast.data.readers.series import SeriesFile
 from jepa_fast.data.sample import BadSample
-from jepa_fast.data.shards import paths
+from jepa_fast.data.shards import paths, tar
 from jepa_fast.data.shards.reader import Shards
-from jepa_fast.data.shards.samples import NO_LABEL, split_name
+from jepa_fast.data.shards.samples import NO_LABEL, split_name, text
 from jepa_fast.data.shards.streams import bring
 from jepa_fast.errors import UsageError
 
@@ -87,7 +87,7 @@ def _of_folder(root: Path) -> Material:
 
 def _bytes(file: Path) -> bytes:
     try:
-        data = file.read_bytes()
+        data = read_bytes(file)
     except OSError as error:
         raise BadSample(f"{file} cannot be read ({error.strerror})") from None
     if not data:
@@ -179,6 +179,8 @@ def _of_shards(source: str, label_filter: str) -> Material:
 
         def sample(i: int) -> dict:
             number = int(chosen[i])
+            if not part.length(number):
+                raise BadSample(f"{part.key(number)} is empty (0 bytes)", "empty")
             made = _members(part, number)
             if not any(made[name] for name in made if f".{name}".endswith(f".{part.payload(number)}")):
                 raise BadSample(f"{part.key(number)} is empty (0 bytes)", "empty")
@@ -208,14 +210,14 @@ def _members(part: Shards, number: int) -> dict:
     key = ""
     made: dict = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(part.read_members(number))) as tar:
-            for member in tar:
-                raw, extension = split_name(member.name.encode(errors="replace"))
-                stream = tar.extractfile(member) if extension else None
-                key = key or (raw.decode(errors="replace") if stream else "")
-                if stream is not None and raw.decode(errors="replace") == key:  # others may stand between two samples
-                    made.setdefault(extension.decode(errors="replace"), stream.read())
-    except tarfile.TarError as error:
-        raise BadSample(f"its members cannot be read ({error})") from None
+        window = tar.InMemory(part.read_members(number))
+        for member in tar.members(window):  # the reader that training has: what it passes over is passed over here
+            raw, extension = split_name(member.name)
+            if extension:
+                key = key or text(raw)
+                if text(raw) == key:  # others may stand between two samples
+                    made.setdefault(text(extension), window.get(member.data, member.size))
+    except tar.TarDamage as error:
+        raise BadSample(f"its members cannot be read (the shard {error})") from None
     safe = "/".join(piece for piece in key.split("/") if piece not in ("", ".", ".."))
     return {"__key__": safe or f"{number:08}", **made}

@@ -1,6 +1,5 @@
 """CIFAR-10 and CIFAR-100 as their archives hold them, pickled or binary. Out: uint8 [n, 32, 32, 3] and labels."""
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from jepa_fast import pickles
+from jepa_fast.bounded import read_bytes
+from jepa_fast.data.readers import torch_file
 from jepa_fast.errors import UsageError
 
 ARCHIVES = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")
@@ -79,33 +80,11 @@ def _array(held: Any) -> np.ndarray:
     """A list of whole numbers, or a pickled NumPy array of them. Raises ValueError."""
     if isinstance(held, list) and all(type(n) is int and abs(n) < 2**62 for n in held):
         return np.array(held, np.int64)
-    if not isinstance(held, pickles.Record):
-        raise ValueError(f"a {type(held).__name__} is in the place of an array")
-    what = held.name.replace("numpy._core", "numpy.core")
-    try:
-        if what == "numpy.core.multiarray._reconstruct":
-            _, shape, dtype, column_major, raw = held.state
-        elif what == "numpy.core.numeric._frombuffer":
-            raw, dtype, shape, order = held.args
-            column_major = order == "F"
-        else:
-            raise ValueError(f"it asks for {held.name}")
-        if isinstance(raw, pickles.Record) and raw.name == "_codecs.encode":  # bytes, in a protocol that has none
-            raw = raw.args[0]
-        code, swapped = dtype.args[0], dtype.state[1] == ">"
-    except (TypeError, IndexError, AttributeError):
-        raise ValueError("an array of unknown layout") from None
-    data = raw.encode("latin-1") if isinstance(raw, str) else bytes(raw)
-    if code not in WHOLE or not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"an array of type {code!r} and shape {shape!r}")
-    kind = np.dtype(code).newbyteorder(">" if swapped else "<")
-    if math.prod(shape) * kind.itemsize != len(data):
-        raise ValueError(f"an array of shape {shape} with {len(data)} bytes")
-    return np.frombuffer(data, kind).reshape(shape, order="F" if column_major else "C")
+    return torch_file.array(held, WHOLE)
 
 
 def _bytes_of(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_bytes(file)
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}; unpack the whole CIFAR archive there") from None

@@ -231,7 +231,7 @@ def wanted(part: Shards, label_filter: str) -> np.ndarray:
         raise UsageError(
             f"--data.label_filter {label_filter}: {error.strerror}; give a file with one class a line"
         ) from None
-    if all(word.isdigit() for word in listed):
+    if all(word.isdecimal() for word in listed):
         labels = part.labels
         return (
             np.flatnonzero(np.isin(labels, [int(w) for w in listed])) if labels is not None else np.array([], np.int64)

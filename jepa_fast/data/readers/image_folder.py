@@ -1,11 +1,13 @@
 """Image folders: train/ and val/ (or test/) of class folders, class folders, or just images."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from jepa_fast.bounded import read_bytes, shown
 from jepa_fast.config import Data
 from jepa_fast.data.opened import Parts, digest
 from jepa_fast.data.readers import series
@@ -66,12 +68,12 @@ def classes_of(root: Path, files: list[Path]) -> list[str]:
 def _source(files: list[Path], split_root: Path, classes: list[str], root: Path, data: Data) -> Source:
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number.get(class_of(f, split_root), -1) for f in files], dtype=np.int64) if classes else None
-    return ImageSource(partial(_read, files), lambda i: str(files[i].relative_to(root)), len(files), labels, data)
+    return ImageSource(partial(_read, files), lambda i: shown(files[i].relative_to(root)), len(files), labels, data)
 
 
 def _read(files: Sequence[Path], index: int) -> bytes:
     try:
-        return files[index].read_bytes()
+        return read_bytes(files[index])
     except FileNotFoundError:
         raise BadSample("is no longer there", "missing") from None
     except OSError as error:
@@ -82,9 +84,11 @@ def contents(root: Path, split_root: Path, files: list[Path]) -> dict[str, str]:
     """Names and sizes of the files, by class folder."""
     by_folder: dict[str, list[str]] = {}
     for file in files:
-        folder = str((split_root / class_of(file, split_root)).relative_to(root))
+        folder = shown((split_root / class_of(file, split_root)).relative_to(root))
         by_folder.setdefault(folder, []).append(f"{file.relative_to(split_root)} {_size(file)}")
-    return {folder: f"{len(names)} files {digest(chr(10).join(names).encode())}" for folder, names in by_folder.items()}
+    return {
+        folder: f"{len(names)} files {digest(os.fsencode(chr(10).join(names)))}" for folder, names in by_folder.items()
+    }
 
 
 def _size(file: Path) -> int:

@@ -21,8 +21,9 @@ from jepa_fast.data.sample import BadSample, Box, Counts, Encoded, nothing
 from jepa_fast.extension import extension
 
 MOST_PIXELS = 2**26  # 67 million: 200 MB decoded, in every thread
-MOST_SIDE = 2**16  # of what C++ resizes: the memory it takes and keeps is 32 rows as wide as the picture
+MOST_SIDE = 2**16  # the memory that resizing takes is 32 rows as wide as the picture
 MOST_KEPT = 2**24  # bytes that a thread keeps for the next image; fresh memory costs a sixth of a decode
+MOST_SCANS, MOST_WORK = 100, 2**30  # of a JPEG: scans, and scans times pixels; programs write some ten scans
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # Of Pillow's formats those that we mean. Others run programs (EPS starts Ghostscript) or are rarely looked after.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
@@ -49,6 +50,8 @@ def decode(data: bytes, channels: int, reuse: bool = False) -> tuple[np.ndarray,
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _refuse_bomb(*image.size)
+            if image.format in ("JPEG", "MPO"):  # of those that libjpeg's quick look could not read
+                _refuse_scans(data, image.size[0] * image.size[1])
             return _pixels(image, channels), True
     except BadSample:
         raise
@@ -71,6 +74,7 @@ def plain_jpeg(data: bytes) -> tuple[int, int] | None:
     except ValueError:
         return None
     _refuse_bomb(width, height)
+    _refuse_scans(data, width * height)
     return None if colours in ("CMYK", "YCCK") else (height, width)  # Pillow's conversion of inks is the reference
 
 
@@ -95,6 +99,25 @@ def _memory(size: int) -> np.ndarray | None:
 def _refuse_bomb(width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
         raise BadSample(f"has {width} x {height} pixels, more than {MOST_PIXELS}", "too_large")
+    if max(width, height) > MOST_SIDE:
+        raise BadSample(f"has {width} x {height} pixels, more than {MOST_SIDE} on a side", "too_large")
+
+
+def _refuse_scans(data: bytes, pixels: int) -> None:
+    """A progressive JPEG is decoded once for every scan, of which a small file may have thousands."""
+    most = max(16, min(MOST_SCANS, MOST_WORK // max(1, pixels)))
+    if data.count(b"\xff\xda") > most:  # the mark of a scan; in the headers before the first the bytes may be others'
+        count = data.count(b"\xff\xda", _end_of_headers(data))
+        if count > most:
+            raise BadSample(f"is a progressive JPEG of {count} scans, more than {most}", "too_large")
+
+
+def _end_of_headers(data: bytes) -> int:
+    """Where a JPEG's first scan begins, or the end of what can be followed."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return at
 
 
 def _pixels(image: Image.Image, channels: int) -> np.ndarray:

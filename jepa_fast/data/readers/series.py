@@ -2,7 +2,6 @@
 
 import io
 import math
-import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from jepa_fast.bounded import read_bytes, read_text
+from jepa_fast.data.readers import torch_file
 from jepa_fast.data.sample import BadSample, Counts, nothing
 from jepa_fast.errors import UsageError
 
@@ -19,10 +20,6 @@ SUFFIXES = (".tsv", ".ts", ".pt", ".npy", ".csv")
 GAPS = ("", "?")  # how files write a value that is missing
 ENCODING = "utf-8-sig"  # with the mark that spreadsheets put first, or without
 SAVED = "torch.save({'samples': x, 'labels': y}, file)"
-NUMPY: list[Any] = [  # what arrays are pickled as
-    np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "fdehilqBHILQ?"},
-    *((np.zeros(0).__reduce__()[0], f"numpy.{name}.multiarray._reconstruct") for name in ("core", "_core")),
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,6 +105,8 @@ def array(data: bytes, shape: tuple[int, ...] = ()) -> np.ndarray:
     """float32 [C, L] of a .npy with one series, of `shape` where one is given. Raises BadSample."""
     try:
         values = np.load(io.BytesIO(data), allow_pickle=False)
+        if not isinstance(values, np.ndarray):
+            raise ValueError("it holds several arrays (.npz)")
     except Exception as error:  # a damaged header raises nearly anything, and may ask for any amount of memory
         said = str(error).partition(". ")[0].replace("\n", " ")
         raise BadSample(f"not a readable array ({said or type(error).__name__})", "undecodable") from None
@@ -137,7 +136,7 @@ def _read_csv(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _table(file: Path, separator: str) -> tuple[np.ndarray, np.ndarray]:
     lines = [
-        (number, line) for number, line in enumerate(file.read_text(ENCODING).splitlines(), start=1) if line.strip()
+        (number, line) for number, line in enumerate(read_text(file, ENCODING).splitlines(), start=1) if line.strip()
     ]
     if lines and _is_header(lines[0][1], separator):
         lines = lines[1:]
@@ -169,7 +168,7 @@ def _is_number(text: str) -> bool:
 def _read_ts(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """The format of timeseriesclassification.com: @ header, then channels between ':', the label last."""
     labelled, begun, rows, labels = True, False, [], []
-    for number, line in enumerate(file.read_text(ENCODING).splitlines(), start=1):
+    for number, line in enumerate(read_text(file, ENCODING).splitlines(), start=1):
         line = line.strip()
         if not line or line.startswith(("#", "%")):
             continue
@@ -192,11 +191,11 @@ def _read_ts(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
 def _read_pt(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """A dict of samples [n, L] or [n, C, L] and, possibly, labels [n]."""
     try:
-        with torch.serialization.safe_globals(NUMPY):
-            held = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+        held = torch_file.load(file)
+    except ValueError as error:
         raise UsageError(
-            f"{file} cannot be read: more than tensors and arrays is in it, or it is damaged; save it as {SAVED}, or copy it again"
+            f"{file} cannot be read: more than tensors and arrays is in it, or it is damaged ({error}); "
+            f"save it as {SAVED}, or copy it again"
         ) from None
     if not isinstance(held, dict) or "samples" not in held:
         raise UsageError(f"{file} holds no dict with 'samples' (and 'labels'); save it as {SAVED}")
@@ -218,10 +217,16 @@ def _array(values: Any) -> np.ndarray:
 def _read_npy(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Samples [n, L] or [n, C, L]; labels [n] in <name>_labels.npy beside it, if that is there."""
     beside = file.with_name(file.stem + "_labels.npy")
-    labels = (
-        np.array([_tidy(str(v)) for v in np.load(beside, allow_pickle=False).ravel()]) if beside.is_file() else None
-    )
-    return _three_axes(_float32(np.load(file, allow_pickle=False)), file), labels
+    labels = np.array([_tidy(str(v)) for v in npy(beside).ravel()]) if beside.is_file() else None
+    return _three_axes(_float32(npy(file)), file), labels
+
+
+def npy(file: Path) -> np.ndarray:
+    """The array in a .npy. Raises OSError, ValueError."""
+    held = np.load(io.BytesIO(read_bytes(file, 2**40)), allow_pickle=False)
+    if not isinstance(held, np.ndarray):
+        raise ValueError("it holds several arrays (.npz); save one")
+    return held
 
 
 def _three_axes(samples: np.ndarray, file: Path) -> np.ndarray:

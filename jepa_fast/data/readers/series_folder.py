@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa_fast.bounded import read_bytes, read_text
 from jepa_fast.data.readers.series import ENCODING, SeriesFile, array
 from jepa_fast.data.sample import BadSample
 from jepa_fast.errors import UsageError
@@ -67,7 +68,7 @@ def _part(root: Path) -> SeriesFile:
 def _one(file: Path) -> np.ndarray | BadSample:
     """float32 [C, L], or why there is none."""
     try:
-        values = array(file.read_bytes()) if file.suffix.lower() == ".npy" else _csv(file).T
+        values = array(read_bytes(file)) if file.suffix.lower() == ".npy" else _csv(file).T
     except BadSample as error:
         return error
     except OSError as error:
@@ -79,7 +80,7 @@ def _one(file: Path) -> np.ndarray | BadSample:
 
 def _csv(file: Path) -> np.ndarray:
     """[L, C]; a first line that is no numbers is a header."""
-    lines = [line for line in file.read_text(ENCODING).splitlines() if line.strip()]
+    lines = [line for line in read_text(file, ENCODING).splitlines() if line.strip()]
     trouble = ValueError("no numbers in it")
     for rows in filter(None, (lines, lines[1:])):
         try:

@@ -13,17 +13,18 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from jepa_fast.data.cache import cache_folder
 from jepa_fast.data.shards.open_files import READ
-from jepa_fast.data.shards.samples import Samples, text
+from jepa_fast.data.shards.samples import NO_LABEL, PAYLOADS, Samples, text
 from jepa_fast.data.shards.tar import LONGEST_PADDING, TarDamage, Window, members
 from jepa_fast.errors import UsageError
 
-MAGIC = b"jepa-fast index 6\n"
+MAGIC = b"jepa-fast index 7\n"
 ROW = np.dtype(
     [
         ("begin", "<i8"),  # byte of the first header of the sample
@@ -180,16 +181,47 @@ def _load(kept: Path, stamp: tuple[int, int] | None) -> Index | None:
             head = json.loads(stream.readline())
             begin = stream.tell()
         count, keys, names = head.pop("count"), head.pop("key_bytes"), head.pop("name_bytes")
+        if not all(type(n) is int and n >= 0 for n in (count, keys, names)):
+            return None
         rows_end = begin + count * ROW.itemsize
         if stamp not in (None, tuple(head["stamp"])) or begin % 8 or size != rows_end + keys + names:
             return None
         # torch.from_file keeps no descriptor open; np.memmap keeps one for every shard.
         raw = torch.from_file(str(kept), shared=False, size=size, dtype=torch.uint8).numpy()
         rows = raw[begin:rows_end].view(ROW)
+        if not _plausible(rows, keys, raw[rows_end + keys :], head):
+            return None
         head["stamp"], head["lost"] = tuple(head["stamp"]), [(key, why) for key, why in head["lost"]]
         return Index(rows=rows, keys=raw[rows_end : rows_end + keys], raw_names=raw[rows_end + keys :], **head)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError):
         return None
+
+
+def _plausible(rows: np.ndarray, num_keys: int, names: np.ndarray, head: dict[str, Any]) -> bool:
+    """Whether every number of a kept index leads to a place that is there: the file may be somebody else's."""
+    size = head["stamp"][0]
+    kinds = {"end": int, "beside": int, "padding": int, "expected": int, "digest": str, "damage": str}
+    if not all(type(head[name]) is kind for name, kind in kinds.items()) or not head["end"] >= 0:
+        return False
+    if not all(isinstance(key, str) and isinstance(why, str) for key, why in head["lost"]):
+        return False
+    if not all(isinstance(key, str) for key in head["repeated"]) or head["expected"] < 0:
+        return False
+    if not len(rows):
+        return True
+    ends = rows["key_end"]
+    return bool(
+        (rows["begin"] >= 0).all()
+        and (rows["offset"] >= rows["begin"]).all()
+        and (rows["length"] >= 0).all()
+        and (rows["length"] <= size - rows["offset"]).all()
+        and (np.diff(rows["begin"]) >= 0).all()
+        and (ends[1:] >= ends[:-1]).all()
+        and ends[-1] <= num_keys
+        and (rows["label"] >= NO_LABEL).all()
+        and ((rows["name"] >= 0) & (rows["name"] <= np.count_nonzero(names == ord("\n")))).all()
+        and ((rows["payload"] >= 0) & (rows["payload"] < len(PAYLOADS))).all()
+    )
 
 
 def _store(made: Index, file: Path) -> None:

@@ -238,7 +238,7 @@ def _info(folder: Path) -> dict[str, Split]:
             )
             for name, split in json.loads(file.read_text()).get("splits", {}).items()  # without: another program's
         }
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, OverflowError, RecursionError) as error:
         raise UsageError(
             f"{file} cannot be read ({error!r}); mend it, or delete it and the splits are taken from the file names"
         ) from None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa_fast.bounded import shown
 from jepa_fast.data.sample import BadSample
 from jepa_fast.data.shards import open_files
 from jepa_fast.data.shards.index import Index, index
@@ -20,6 +21,10 @@ from jepa_fast.data.shards.samples import NO_LABEL, PAYLOADS
 from jepa_fast.data.shards.tar import BLOCK
 from jepa_fast.data.shards.writer import PLAN
 from jepa_fast.errors import UsageError
+
+MOST_BYTES = 2**30  # of one sample
+MOST_LOST = 1_000_000  # samples of one damaged shard
+SMALLEST = 2 * BLOCK  # bytes of a sample in a tar
 
 
 class Shards:
@@ -29,7 +34,7 @@ class Shards:
         """`lengths`: samples each shard should have, as `_info.json` tells them; `names`: of the shards, for people.
         Raises UsageError."""
         self.files = files
-        self.shard_names = names or short_names(files)
+        self.shard_names = [shown(name) for name in names or short_names(files)]
         self.indexes = _indexes(files)
         self.starts = np.cumsum([0, *map(len, self.indexes)]).tolist()  # of each shard, and the end
         self._bounds = np.array(self.starts)
@@ -67,7 +72,9 @@ class Shards:
     @property
     def repeated(self) -> list[str]:
         """Keys that occur more than once in their shard, as <shard>:<key>."""
-        return [f"{n}:{k}" for n, part in zip(self.shard_names, self.indexes, strict=True) for k in part.repeated]
+        return [
+            f"{n}:{shown(k)}" for n, part in zip(self.shard_names, self.indexes, strict=True) for k in part.repeated
+        ]
 
     @property
     def unfinished(self) -> list[str]:
@@ -85,7 +92,7 @@ class Shards:
         shard, row = self.place(sample)
         key = self.indexes[shard].key(row)
         which = f" (sample {row} from 0)" if key in self.indexes[shard].repeated else ""
-        return f"{self.shard_names[shard]}:{key}{which}"
+        return f"{self.shard_names[shard]}:{shown(key)}{which}"
 
     def payload(self, sample: int) -> str:
         """Extension of the sample's payload."""
@@ -124,6 +131,8 @@ class Shards:
     def _read(self, shard: int, row: int, offset: int, length: int) -> bytes:
         if not length:
             raise BadSample("is empty (0 bytes)", "empty")
+        if length > MOST_BYTES:
+            raise BadSample(f"has {length} bytes, more than {MOST_BYTES}", "too_large")
         try:
             data = self._descriptors.pread(self._files[shard], length, offset)
             if data is None:
@@ -193,8 +202,14 @@ def _lost(names: list[str], indexes: list[Index], told: list[int]) -> list[tuple
     """
     lost = []
     for name, part, expected in zip(names, indexes, told, strict=True):
-        lost += [(f"{name}:{key}", why) for key, why in part.lost]
+        lost += [(f"{name}:{shown(key)}", why) for key, why in part.lost]
         behind = len(part) + len(part.lost)
+        most = max(behind, MOST_LOST if part.damage else part.stamp[0] // SMALLEST)
+        if expected > most:
+            raise UsageError(
+                f"shard {name} should have {expected:,} samples, by _info.json or its index, and {part.stamp[0]:,} bytes "
+                f"hold {most:,} at most; delete what says so"
+            )
         if expected:
             why = f"the shard {part.damage}" if part.damage else "_info.json counts it, but the shard lacks it"
             lost += [(f"{name}:sample {number}", why) for number in range(behind, expected)]

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ PROMISE = (
 )
 TRIES = (0.0, 1.0, 4.0)  # seconds before each attempt to bring a shard here
 _BROUGHT: set[str] = set()  # URLs that this process has a copy of
+ABANDONED = 3600.0  # seconds without a byte
 IN_WORK = 8  # batches whose samples are kept; the loader has two in work
 KNOWN = "https, s3, gs, hf, sftp, scp, ftps, ais, htgs"
 SCHEMES = re.compile(rf"({KNOWN.replace(', ', '|')})://")  # exactly: the library would also take "PIPE:" for a command
@@ -145,6 +147,14 @@ class Stream:
         return self._open(Shards([bring(url)], names=[url]))
 
 
+def sweep(folder: Path) -> None:
+    """Take away what killed processes left half fetched: parts that nobody has written to for an hour."""
+    for part in folder.glob("*.tar.temp*"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
+
+
 def bring(url: str) -> Path:
     """A copy of a shard in the cache, made now if there is none. Raises UsageError after some attempts.
 
@@ -153,6 +163,8 @@ def bring(url: str) -> Path:
     """
     name = _name(_transport(url))
     kept = cache_folder() / "shards" / name
+    if not _BROUGHT:
+        sweep(kept.parent)
     if url not in _BROUGHT and _damaged(kept):
         os.replace(_fetched(url, f"again{os.getpid()}-{name}"), kept)
     _BROUGHT.add(url)

@@ -59,6 +59,16 @@ class Window:
         return self.bytes[offset : offset + count]
 
 
+class InMemory(Window):
+    """The same of a tar that was read already."""
+
+    def __init__(self, data: bytes):
+        self.descriptor, self.size, self.bytes, self.padding = -1, len(data), data, 0
+
+    def get(self, at: int, count: int) -> bytes:
+        return self.bytes[at : at + count]
+
+
 def members(window: Window) -> Iterator[Member]:
     """The regular members in file order. Raises TarDamage after the last that is whole."""
     at, begin, size = 0, 0, window.size
@@ -70,7 +80,7 @@ def members(window: Window) -> Iterator[Member]:
     packed = next((name for magic, name in COMPRESSED.items() if window.get(0, 8).startswith(magic)), "")
     if packed:
         raise TarDamage(f"is compressed ({packed}) and has to be unpacked")
-    fast = extension()
+    fast = extension() if window.descriptor >= 0 else None
     while True:
         if fast and at == begin:  # between two members
             found, begin = fast.plain_members(window.descriptor, at, size, AT_ONCE)
@@ -108,7 +118,7 @@ def members(window: Window) -> Iterator[Member]:
             held = _pax(window.get(data, length), data)
             long_name = held.get(b"path", long_name)
             long_size = _decimal(held[b"size"], data) if b"size" in held else long_size
-            sparse = b"GNU.sparse.name" in held
+            sparse = any(name.startswith(b"GNU.sparse.") for name in held)
             long_name = held.get(b"GNU.sparse.name", long_name)
         elif not about_next:
             if sparse or kind == SPARSE:
