@@ -1,7 +1,7 @@
 """The runs behind "Reading your JEPA loss curve": their curves as docs/runs/*.csv, and the figures drawn from those.
 
 python docs/figures.py             # draw docs/runs/*.svg from the committed curves
-python docs/figures.py --train     # train every run again first (minutes each on two CPU cores)
+python docs/figures.py --train     # train every run again first (about a minute each on two CPU cores)
 python docs/figures.py --take NAME RUN_FOLDER    # the curves of a run that was trained elsewhere by the same command
 """
 
@@ -16,25 +16,17 @@ from jepa_fast.monitor import phase
 from jepa_fast.report.figure import phase_figure, svg
 
 HERE = Path(__file__).parent / "runs"
-NARROW = "--model.width 64 --model.predictor_width 64"
-FAST = "--optim.lr 3e-4 --optim.start_lr 3e-4 --optim.final_lr 3e-4"
 RUNS = {  # name: what to give to python -m jepa_fast.train
-    "recovery": "demo --train.steps 1400",
-    "no-dip": f"demo --train.steps 1200 --train.seed 1 {NARROW} --model.init_std 0.04 --ema.decay 0.99 --ema.final_decay 0.99 {FAST}",
-    "slow-target": f"demo --train.steps 800 --train.seed 2 {NARROW} --ema.decay 0.9999 --ema.final_decay 0.9999",
-    "textures": "textures",
+    "forda": "demo",
+    "fordb": "demo --data.path ucr:FordB",
+    "frozen": "demo --ema.decay 1 --ema.final_decay 1",
+    "batch": "demo --objective.target_norm batch",
 }
 KEYS = (
-    "step",
-    "loss",
-    "discrepancy/visible",
-    "spread",
-    "drift/total",
-    "probe/context",
-    "probe/target",
-    "probe/untrained",
-    "probe/majority",
-)
+    "step", "loss", "skill", "discrepancy/visible", "spread", "drift/total", "lidar", "lidar/context",
+    "rankme", "rankme/context", "readout", "readout/context", "readout/untrained",
+    "probe/context", "probe/target", "probe/untrained", "probe/majority", "probe/num_test",
+)  # fmt: skip
 
 
 def take(name: str, run: Path) -> None:

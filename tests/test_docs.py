@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 import figures  # noqa: E402
 
+from jepa_fast.monitor import phase  # noqa: E402
 from jepa_fast.presets import PRESETS  # noqa: E402
 
 
@@ -43,23 +44,25 @@ def test_the_loss_curve_page_shows_what_the_detector_says_of_our_own_runs(site):
 
 
 def test_the_committed_curves_show_what_the_page_says_of_them():
-    """A dip and its end, of series and of images; the loss without a dip; a falling loss and a target like an untrained one."""
-    ends = {name: figures.curves(name) for name in figures.RUNS}
-    last = {name: [r for r in rows if "probe/target" in r][-1] for name, rows in ends.items()}
-    lowest = {name: min(rows, key=lambda r: r["loss"])["step"] for name, rows in ends.items()}
-    for name in ("recovery", "textures"):
-        probes = [r for r in ends[name] if "probe/target" in r]
-        assert min(r["probe/target"] - r["probe/untrained"] for r in probes) < -0.026
-    for name in ("recovery", "textures", "no-dip"):
-        assert last[name]["probe/target"] > last[name]["probe/untrained"] + 0.1
-        assert lowest[name] < last[name]["step"] / 2 and last[name]["loss"] > 3 * min(r["loss"] for r in ends[name])
-    assert min(r["probe/target"] - r["probe/untrained"] for r in ends["no-dip"] if "probe/target" in r) > -0.026
+    """The phase and its end on FordA and, later, on FordB; a frozen target; no false minimum under batch targets."""
+    rows = {name: figures.curves(name) for name in figures.RUNS}
+    phases = {
+        name: next(e for e in phase.detect(r) if e.kind == "collapse_phase")
+        for name, r in rows.items()
+        if name != "batch"
+    }
+    assert phases["forda"].end is not None and phases["fordb"].end is not None
+    assert phases["fordb"].end > 1.5 * phases["forda"].end and phases["forda"].loss_factor > 10
+    lowest = min(rows["forda"], key=lambda r: r["loss"])
+    assert rows["forda"][-1]["loss"] > 2 * lowest["loss"]
+    frozen = [r for r in rows["frozen"] if "probe/target" in r]
     assert (
-        lowest["slow-target"] > 700
-        and last["slow-target"]["probe/target"] < last["slow-target"]["probe/untrained"] + 0.01
+        len({r["probe/target"] for r in frozen}) == 1
+        and frozen[-1]["probe/context"] > frozen[-1]["probe/untrained"] + 0.1
     )
+    assert not any(e.kind == "loss_minimum" for e in phase.detect(rows["batch"]))
 
 
 def test_figures_are_drawn_from_the_committed_curves():
-    assert figures.draw("recovery").count("<path") > 20
+    assert figures.draw("forda").count("<path") > 20
     assert all((ROOT / "docs" / "runs" / f"{name}.svg").exists() for name in figures.RUNS)
