@@ -146,17 +146,24 @@ def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
     return kept
 
 
+def _short(value: float | str) -> str:
+    """Three digits are enough to watch."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 class Progress:
     """One live line on a terminal; a plain line now and then elsewhere. `quiet` says nothing (other ranks)."""
 
     def __init__(self, steps: int, start: int, quiet: bool, every: int):
         self.steps, self.start, self.quiet, self.every = steps, start, quiet, every
         self.live = sys.stdout.isatty()
-        self.values: dict[str, float] = {}
+        self.values: dict[str, float | str] = {}
         self.began = time.monotonic()
         self.next_line = start
 
-    def show(self, step: int, values: dict[str, float]) -> None:
+    def show(self, step: int, values: dict[str, float | str]) -> None:
         """`values` by name, in the order to show them; what is not given stays as it was."""
         self.values |= values
         if step == self.start:
@@ -164,7 +171,7 @@ class Progress:
         if self.quiet or not (self.live or step >= self.next_line or step == self.steps):
             return
         self.next_line = step + self.every
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in self.values.items())
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in self.values.items())
         line = f"step {step:>{len(str(self.steps))}}/{self.steps}  {shown}  {self._left(step)}"
         if self.live:
             bar = round(16 * step / self.steps)

@@ -105,8 +105,12 @@ def tensors(jepa: JEPA, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def show(run: Run, record: dict) -> None:
     """The progress line. Raises UsageError after too many bad steps in a row."""
-    names = {"loss": "loss", "discrepancy": "discrepancy/visible", "drift": "drift/total", "probe": "probe/target"}
-    shown = {name: record[key] for name, key in names.items() if key in record}
+    shown = {"phase": record["phase/state"]} if "phase/state" in record else {}
+    useful, probes = ([v for name in ("context", "target") if (v := record.get(f"{kind}/{name}")) is not None]
+                      for kind in ("phase/useful", "probe"))  # fmt: skip
+    shown |= {"p(useful)": max(useful)} if useful else {}
+    shown |= {name: record[key] for name, key in {"loss": "loss", "skill": "skill/smooth"}.items() if key in record}
+    shown |= {"probe": max(probes)} if probes else {}
     run.progress.show(record["step"], shown | {"samples/s": record["images_per_s"]})
     tell_of_data(run, record["step"], run.loader.bad)
     if run.monitor.bad_in_a_row >= run.config.train.max_bad_steps:

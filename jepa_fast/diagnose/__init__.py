@@ -6,7 +6,6 @@ and a folder with metrics.jsonl, events.jsonl, report.html and the figure, which
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from jepa_fast.diagnose import weights
 from jepa_fast.diagnose.curves import Choice, Curve, curve
 from jepa_fast.diagnose.tables import KNOWN, Table, read
 from jepa_fast.errors import Arguments, UsageError, one_line_errors
-from jepa_fast.monitor import phase
+from jepa_fast.report.reading import with_phase
 
 __all__ = ["diagnose", "main"]
 
@@ -71,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def diagnose(
     log: Path, choice: Choice, checkpoints: str, data: str, folder: Path, heads: int = 0, predictor_heads: int = 0
-) -> list[phase.Event]:
+) -> list[dict[str, Any]]:
     """Print what the log shows and write `folder`. Raises UsageError before anything is written."""
     table = read(log)
     read_curve = curve(table, choice, str(log))
@@ -79,21 +78,20 @@ def diagnose(
     if checkpoints:
         measured, on_predictors = weights.measure(checkpoints, data, read_curve.steps_per_epoch, heads, predictor_heads)
         records = _merged(records, measured)
-    events = phase.detect(records)
-    told = [asdict(event) for event in events]
-    _write(folder, records, told)
+    records, events = with_phase(records)
+    _write(folder, records, events)
     file = report.write(folder)
 
     last = int(records[-1]["step"])
     print(
         f"{log}: {table.kind}, {len(records):,} record{'s' * (len(records) != 1)}, steps {int(records[0]['step']):,} to {last:,} ({read_curve.unit})"
     )
-    print(f"\n{report.verdict(records, told, '')}\n")
+    print(f"\n{report.verdict(records, events, '')}\n")
     for event in events:
         print(
-            f"event: {event.kind.replace('_', ' ')}, step {event.step:,} (called at {event.called_at:,}, confidence {event.confidence})"
+            f"event: {event['kind'].replace('_', ' ')}, step {event['step']:,} (called at {event['called_at']:,}, confidence {event['confidence']})"
         )
-        print("".join(f"  {said}\n" for said in event.evidence), end="")
+        print("".join(f"  {said}\n" for said in event["evidence"]), end="")
     if checkpoints:
         print(_on_drift(measured))
         print("".join(f"{line}\n" for line in on_predictors), end="")
@@ -108,9 +106,7 @@ def limits(table: Table, read_curve: Curve, records: list[dict[str, Any]]) -> li
     keys = {key for record in records for key in record}
     said = list(read_curve.notes)
     if not any(key.startswith("probe/") for key in keys):
-        said.append(
-            "without a probe nothing here speaks of features: a loss that falls and rises is as often a recovery as a failure"
-        )
+        said.append("without a probe nothing here is a fact about the features: the phase is an estimate, or unknown")
     if not any(key.startswith("discrepancy/") for key in keys):
         said.append("the log holds no discrepancy of the two encoders; --checkpoints and --data measure it")
     losses = [record["loss"] for record in records if "loss" in record]

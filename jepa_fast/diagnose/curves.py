@@ -26,7 +26,7 @@ STEPS = (
     "epoch",
 )
 OURS = re.compile(
-    r"(discrepancy|drift|probe)/.+|(rankme|participation|content)(/context)?|content/untrained|spread|skill(/.+)?|position_share|loss/heldout"
+    r"(discrepancy|drift|probe|skill)/.+|(rankme|participation|readout|lidar)(/context)?|readout/untrained|spread|skill|position_share|loss/heldout"
 )  # keys of docs/metrics.md
 MOST_RECORDS = 4000  # the detector's windows are tenths of a run: means over finer steps change nothing it sees
 

@@ -1,6 +1,5 @@
 """The collapse monitor: a training loop's loss, features and weights in; metrics.jsonl and events.jsonl out."""
 
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -226,7 +225,7 @@ class CollapseMonitor:
         if self.log:
             spike = loss_spike(self.log.records, highest)
             called = self._detector.add(record)
-            record |= self._assessed()
+            record |= self._detector.fields()
             self.log.record(record)
             if spike:
                 self.log.event("loss_spike", self.step, **spike)
@@ -250,20 +249,6 @@ class CollapseMonitor:
             self.log.event("identity_violated", self.step, residual=residual, tensor=self.identity.where)
             said = f"the update is off theorem 4.2 by {residual:.3g} times what rounding explains"
             self._tell(f"event: identity violated, step {self.step:,}: {said}, in {self.identity.where}")
-
-    def _assessed(self) -> Record:
-        """What the record says of the phase: `phase/state`, probabilities, the skill's mean and its standard error."""
-        now = self._detector.assessment
-        if now is None:
-            return {}
-        said: Record = {"phase/state": now.state}
-        for name, value in (("context", now.useful_context), ("target", now.useful_target)):
-            if value is not None:
-                said[f"phase/useful/{name}"] = value
-        mean, error = self._detector.skill
-        if mean is not None:
-            said |= {"skill/smooth": mean} | ({"skill/error": error} if math.isfinite(error) else {})
-        return said
 
     def _announce(self, called: list[phase.Event]) -> None:
         """Events that this record has decided."""

@@ -7,18 +7,16 @@ paper. Nothing here calls a run collapsed by its loss or its discrepancy.
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from jepa_fast import rundir
 from jepa_fast.config import Config
 from jepa_fast.errors import UsageError, one_line_errors, reading
-from jepa_fast.log import read
-from jepa_fast.monitor import phase
 from jepa_fast.report import compare, coverage, paper
 from jepa_fast.report.figure import detail_figures, phase_figure, svg
 from jepa_fast.report.page import Section, comparison, page
-from jepa_fast.report.verdict import Record, left_out, verdict
+from jepa_fast.report.reading import left_out, read_log
+from jepa_fast.report.verdict import verdict
 
 __all__ = ["left_out", "main", "verdict", "write"]
 
@@ -38,17 +36,16 @@ def write(run_dir: Path) -> Path:
 
 
 def _write(run_dir: Path) -> Path:
-    records = _entries(run_dir / "metrics.jsonl")
-    events = [e for e in _entries(run_dir / "events.jsonl") if "kind" in e]
-    if not any("evidence" in e for e in events):  # another project's log, which has none
-        events += [asdict(event) for event in phase.detect(records)]
+    records, events = read_log(run_dir)
     try:
         config, trouble = rundir.saved_config(run_dir), "No config.json here."
     except UsageError as error:
         config, trouble = None, str(error)
     figure, file = phase_figure(records, events), run_dir / "report.html"
     drawing = svg(figure)
-    sections: list[Section] = [(name, says, svg(drawn)) for name, (says, drawn) in detail_figures(records).items()]
+    sections: list[Section] = [
+        (name, says, svg(drawn)) for name, (says, drawn) in detail_figures(records, events).items()
+    ]
     sections += _masks(config)
     try:
         figure.savefig(run_dir / "phase.png", dpi=160)
@@ -64,11 +61,6 @@ def _masks(config: Config | None) -> list[Section]:
         return []
     found = coverage.coverage(config)
     return [("What the masks cover", " ".join(coverage.sentences(found)), svg(coverage.coverage_figure(found)))]
-
-
-def _entries(file: Path) -> list[Record]:
-    """The lines of a log that say at which step they hold."""
-    return [r for r in read(file) if isinstance(r, dict) and phase.number(r.get("step")) is not None]
 
 
 def write_comparison(folders: list[Path], out: Path) -> Path:

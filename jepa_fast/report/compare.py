@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from jepa_fast.errors import UsageError
-from jepa_fast.log import read
 from jepa_fast.monitor import phase
-from jepa_fast.report.verdict import Record, last_of, values
+from jepa_fast.report.reading import Record, cannot_tell, last_of, looks, read_log, values
 
 # Differences of configuration that do not make another run.
 INCIDENTAL = ("run.", "log.", "checkpoint.", "parallel.", "data.workers", "monitor.", "preset")
@@ -36,12 +35,9 @@ class Compared:
 
 def read_run(folder: Path, fields: list[str]) -> Compared:
     """One run, told apart by `fields`. Raises UsageError if the folder holds none."""
-    records = [r for r in read(folder / "metrics.jsonl") if isinstance(r, dict) and phase.number(r.get("step")) is not None]  # fmt: skip
+    records, events = read_log(folder)
     if not records:
         raise UsageError(f"{folder} holds no metrics.jsonl with records; give folders of runs")
-    events = [e for e in read(folder / "events.jsonl") if "kind" in e]
-    if not any("evidence" in e for e in events):
-        events += [vars(e) for e in phase.detect(records)]
     settings = _settings(folder / "config.json")
     return Compared(folder, {f: settings.get(f) for f in fields}, settings, records, events)
 
@@ -94,26 +90,34 @@ def smooth(points: list[tuple[int, float]], share: float = 0.02) -> list[tuple[i
 def measure(run: Compared) -> dict[str, float]:
     """What is compared of a run: NaN where it has no such thing."""
     loss, steps = smooth(values(run.records, "loss")), run.records[-1]["step"]
-    bottom = min(loss, key=lambda p: p[1]) if loss else (float("nan"), float("nan"))
-    probes = {name: values(run.records, f"probe/{name}") for name in ("context", "target", "untrained")}
-    means = [(s, (c + t) / 2) for (s, c), (_, t) in zip(probes["context"], probes["target"], strict=False)]
-    baseline = probes["untrained"][-1][1] if probes["untrained"] else float("nan")
-    below = sum(v < baseline - 0.026 for _, v in means) / len(means) if means else float("nan")
-    early = steps / 10
     nothing = float("nan")
+    bottom = min(loss, key=lambda p: p[1]) if loss else (nothing, nothing)
+    looked, skill, early = looks(run.records), values(run.records, "skill/smooth"), steps / 10
+    better = [look.probes[look.better] for look in looked]
+    begins, ends = phase_of(run)
     return {
         "steps": steps,
-        "loss minimum": bottom[1],
-        "loss minimum at": bottom[0],
-        "loss at end": loss[-1][1] if loss else nothing,
-        "probe untrained": baseline,
-        "probe lowest": min((v for _, v in means), default=nothing),
-        "share below": below,
-        "probe context": probes["context"][-1][1] if means else nothing,
-        "probe target": probes["target"][-1][1] if means else nothing,
+        "lowest loss": bottom[1],
+        "at step": bottom[0],
+        "final loss": loss[-1][1] if loss else nothing,
+        "phase begins": begins,
+        "phase ends": ends,  # NaN while it lasts
+        "share of run": ((steps if ends != ends else ends) - begins) / steps if steps else nothing,
+        "untrained": looked[-1].untrained if looked else nothing,
+        "best probe": max(better, default=nothing),
+        "final probe": better[-1] if looked else nothing,
+        "skill": skill[-1][1] if skill else nothing,
         "C early": at(values(run.records, "discrepancy/full")[1:], early),  # both are 0 at step 0, whatever the run
         "drift early": at(values(run.records, "drift/total")[1:], early),
     }
+
+
+def phase_of(run: Compared) -> tuple[float, float]:
+    """(first step, end) of the collapse phase by the probes; NaN where there is none, or no end yet."""
+    found, nothing = last_of(phase.PHASE, run.events), float("nan")
+    if found is None or cannot_tell(looks(run.records)):
+        return nothing, nothing
+    return found["step"], nothing if found.get("end") is None else found["end"]
 
 
 def summary(runs: list[Compared]) -> list[dict[str, Any]]:
@@ -148,18 +152,15 @@ def claims(runs: list[Compared]) -> list[str]:
                    decays, "C early", -1, f"C on whole inputs {s}"),
             _claim("Its argument: near β = 1 the target tracks the encoder closely, so ‖θ − θ̄‖ is small",
                    decays, "drift early", -1, f"‖θ − θ̄‖ {s}"),
-            _claim("Corollary 4.3: a larger β prolongs the collapse phase", decays, "loss minimum at", 1,
-                   "step of the loss minimum"),
-            _claim("The same, by the probe", decays, "share below", 1,
-                   "share of probes with the mean of both encoders 2.6 points below the untrained encoder"),
-            _claim("Section 5.3: β changes downstream performance", decays, "probe target", 0,
-                   "probe of the target encoder at the end"),
+            _claim("Corollary 4.3: a larger β prolongs the collapse phase", decays, "phase ends", 1,
+                   "step at which the phase ends"),
+            _claim("Section 5.3: β changes downstream performance", decays, "final probe", 0,
+                   "probe of the better encoder at the end"),
         ]  # fmt: skip
     if (ratios := _by(runs, "masks.ratio")) and len(ratios) >= 3:
         said += [
-            _claim("Proposition 4.4's reading: a larger masking ratio delays escape", ratios, "loss minimum at", 1,
-                   "step of the loss minimum"),
-            _claim("The same, by the probe", ratios, "share below", 1, "share of probes below the untrained encoder"),
+            _claim("Proposition 4.4's reading: a larger masking ratio delays escape", ratios, "phase ends", 1,
+                   "step at which the phase ends"),
         ]  # fmt: skip
     seeds = {run.settings.get("train.seed") for run in runs}
     if said and len(seeds) == 1:
@@ -173,8 +174,14 @@ def _by(runs: list[Compared], field: str) -> dict[float, list[dict[str, float]]]
         return {}
     groups: dict[float, list[dict[str, float]]] = {}
     for run in sorted(runs, key=order):
-        groups.setdefault(run.fields[field], []).append(measure(run) | {"risen": _risen(run)})
+        groups.setdefault(run.fields[field], []).append(_censored(measure(run)))
     return groups
+
+
+def _censored(measured: dict[str, float]) -> dict[str, float]:
+    """A phase that has not ended counts as one that ends at the last step, and is marked."""
+    lasts = measured["phase begins"] == measured["phase begins"] and measured["phase ends"] != measured["phase ends"]
+    return measured | {"lasts": lasts, "phase ends": measured["steps"] if lasts else measured["phase ends"]}
 
 
 def _claim(claim: str, groups: dict[float, list[dict[str, float]]], key: str, sign: int, what: str) -> str:
@@ -182,21 +189,14 @@ def _claim(claim: str, groups: dict[float, list[dict[str, float]]], key: str, si
     points = [(x, statistics.fmean(m[key] for m in group)) for x, group in groups.items() if all(m[key] == m[key] for m in group)]  # fmt: skip
     if len(points) < 3:
         return f"{claim}. Not measured here."
-    pending = {x for x, group in groups.items() if key == "loss minimum at" and any(m["risen"] <= 1.3 for m in group)}
-    shown = ", ".join(f"{x:g}: {y:.3g}{' (no rise yet)' if x in pending else ''}" for x, y in points)
+    pending = {x for x, group in groups.items() if key == "phase ends" and any(m["lasts"] for m in group)}
+    shown = ", ".join(f"{x:g}: {y:.4g}{' or later' if x in pending else ''}" for x, y in points)
     rho = spearman([x for x, _ in points], [y for _, y in points])
     if not sign:
         low, high = min(y for _, y in points), max(y for _, y in points)
         return f"{claim}. Measured, {what}: {shown}; from {low:.3g} to {high:.3g}."
     agrees = "agrees" if rho * sign >= 0.5 else "the opposite" if rho * sign <= -0.5 else "no clear order"
     return f"{claim}. Measured, {what}: {shown}; rank correlation {rho:+.2f}: {agrees}."
-
-
-def _risen(run: Compared) -> float:
-    """How many times its minimum the loss has been since: up to 1.3 (what the event asks for) it may be yet to come."""
-    loss = smooth(values(run.records, "loss"))
-    bottom = min(range(len(loss)), key=lambda i: loss[i][1], default=0)
-    return max((v for _, v in loss[bottom:]), default=float("nan")) / loss[bottom][1] if loss else float("nan")
 
 
 def spearman(x: list[float], y: list[float]) -> float:

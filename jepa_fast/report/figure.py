@@ -9,38 +9,73 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from jepa_fast.monitor import phase
-from jepa_fast.report.verdict import Record, values
+from jepa_fast.report.bands import Band, bands, legend, shade
+from jepa_fast.report.reading import Record, values
 
 # name: (on paper, on a dark screen). Line colours are close to Okabe and Ito's, which colour-blind readers tell apart.
 COLOURS = {
     "paper": ("#ffffff", "#15171b"), "ink": ("#1c1e21", "#e4e6ea"), "muted": ("#6a7078", "#9aa1ab"),
-    "rule": ("#e3e5e8", "#2d3138"), "band": ("#fbf0cf", "#38321c"), "blue": ("#0072b2", "#56b4e9"),
+    "rule": ("#e3e5e8", "#2d3138"), "band": ("#fbeec4", "#3d3517"), "lost": ("#f7dcd3", "#432720"),
+    "hatch": ("#e6cf86", "#5f5325"), "hatch lost": ("#e3b0a0", "#6b3d31"), "blue": ("#0072b2", "#56b4e9"),
     "orange": ("#d55e00", "#f28e3c"), "green": ("#00805d", "#2fc49a"), "purple": ("#a8518a", "#d68fbe"),
 }  # fmt: skip
 LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 MOST_POINTS = 600  # of a line; more cannot be seen
 
 Line = tuple[str, str, str, str]  # key, label, colour, style
-Panel = tuple[str, float, str, tuple[Line, ...]]  # title, height, scale, lines
+Panel = tuple[str, float, str, tuple[Line, ...]]  # title, height, scale (log, linear, or a key of LIMITS), lines
+# Panels whose axis is fixed: (lowest, highest, the line that values are read against)
+LIMITS = {"skill": (-1.05, 1.0, 0.0), "probability": (0.0, 1.0, 0.5)}
 PANELS: tuple[Panel, ...] = (
     ("Training loss", 1.2, "log", (("loss", "loss", "ink", "-"),)),
-    ("Linear probe, accuracy", 1.5, "linear", (
+    ("Linear probe, accuracy", 1.3, "linear", (
         ("probe/context", "context encoder", "blue", "-"), ("probe/target", "target encoder", "orange", "-"),
         ("probe/untrained", "untrained", "muted", "--"), ("probe/majority", "majority class", "muted", ":"))),
-    ("Discrepancy C of the two encoders", 1.3, "log", (
+    ("Predictor's skill: at 0 no better than a trivial predictor", 0.9, "skill", (("skill/smooth", "skill", "ink", "-"),)),
+    ("Probability that features beat an untrained encoder's, without labels", 0.9, "probability", (
+        ("phase/useful/context", "context encoder", "blue", "-"), ("phase/useful/target", "target encoder", "orange", "-"))),
+    ("Discrepancy C of the two encoders", 1.1, "log", (
         ("discrepancy/visible", "visible tokens", "green", "-"), ("discrepancy/full", "whole inputs", "blue", "-"),
         ("discrepancy/relative", "visible / spread", "purple", "-"))),
-    ("Instance spread of the target encoder", 0.8, "linear", (("spread", "spread", "ink", "-"),)),
-    ("Drift ‖θ − θ̄‖ of the weights", 0.8, "linear", (("drift/total", "drift", "ink", "-"),)),
 )  # fmt: skip
 # name of the section: (what to read there, its panels)
 DETAILS: dict[str, tuple[str, tuple[Panel, ...]]] = {
+    "What the features tell of the inputs": (
+        "Readout: how well ridge regression reads a rich description of the inputs from pooled features, as a correlation. "
+        "It needs no labels. Compare with the untrained encoder's.",
+        (
+            ("Readout", 1.2, "linear", (
+                ("readout/context", "context encoder", "blue", "-"), ("readout", "target encoder", "orange", "-"),
+                ("readout/untrained", "untrained", "muted", "--"))),
+        ),
+    ),
+    "Which trivial predictor comes near": (
+        "1 - loss / loss of a trivial predictor on the same targets. The skill above is the least of the three, smoothed. "
+        "Where the share is near 1, every input looks the same at a position.",
+        (
+            ("Skill beside each trivial predictor", 1.3, "skill", (
+                ("skill/constant", "constant", "blue", "-"), ("skill/copy", "nearest token", "orange", "-"),
+                ("skill/context_mean", "context mean", "green", "-"))),
+            ("Share of the targets' variance that lies between positions", 0.8, "linear", (
+                ("position_share", "share", "ink", "-"),)),
+        ),
+    ),
+    "How the encoders part": (
+        "",
+        (
+            ("Instance spread of the target encoder", 0.8, "linear", (("spread", "spread", "ink", "-"),)),
+            ("Drift ‖θ − θ̄‖ of the weights", 0.8, "linear", (("drift/total", "drift", "ink", "-"),)),
+        ),
+    ),
     "Where the discrepancy comes from": (
         "Equation 4 splits C into what masking does to the context encoder and what the EMA lag does; C is at most their "
         "sum, which is asserted at every look. The bound γ is shown term by term beside what it bounds: how far it lies "
@@ -52,15 +87,6 @@ DETAILS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             ("Bound γ against what it bounds", 1.3, "log", (
                 ("bound/gamma", "γ", "ink", "-"), ("bound/mask_term", "L B √(pN)", "blue", "-"),
                 ("bound/ema_term", "‖D‖ ‖x‖", "orange", "--"), ("bound/measured", "measured", "green", "-"))),
-        ),
-    ),
-    "What the features tell of the inputs": (
-        "Without labels: how well a ridge regression reads the inputs' power spectra from pooled features, as a correlation. "
-        "Below the untrained encoder's the features have lost what tells inputs apart, as far as a spectrum shows it.",
-        (
-            ("Content: correlation with the inputs' spectra", 1.2, "linear", (
-                ("content/context", "context encoder", "blue", "-"), ("content", "target encoder", "orange", "-"),
-                ("content/untrained", "untrained", "muted", "--"))),
         ),
     ),
     "How many directions the features use": (
@@ -77,7 +103,6 @@ DETAILS: dict[str, tuple[str, tuple[Panel, ...]]] = {
         "",
         (
             ("Samples per second", 0.7, "linear", (("images_per_s", "samples/s", "ink", "-"),)),
-            ("Predictor's skill: 0 is the best constant, 1 is perfect", 0.8, "linear", (("skill", "skill", "ink", "-"),)),
             ("Residual of θ − θ̄ against theorem 4.2 (1 = rounding at its worst)", 0.7, "linear", (
                 ("identity/residual", "residual", "ink", "-"),)),
         ),
@@ -91,26 +116,27 @@ MAPS = (
      ("layer_discrepancy/",)),
 )  # fmt: skip
 NAMES = {"drift/": "Drift", "drift_relative/": "Drift, relative,", "layer_discrepancy/": "Discrepancy, relative,"}
-# The curve an event is drawn on. Probe events bound the shaded steps.
-MARKED = {"loss_minimum": "loss", "discrepancy_valley": "discrepancy/visible", "variance_escape": "spread"}
+# Events that are a mark on the loss, the mark, and how one and several are called.
+MARKED = {"loss_minimum": ("o", "loss minimum", "loss minima"), "late_drop": ("v", "sudden fall", "sudden falls")}
 SMALL: dict[str, Any] = {"fontsize": 8, "color": LIGHT["muted"]}
+END = "end"  # marks the names at the right ends of curves until `settle` has put them where they belong
 
 
 def phase_figure(records: list[Record], events: list[Record]) -> Figure:
-    """The paper's figure 4 for this run: loss, probes, discrepancy, spread and drift over the steps."""
+    """The paper's figure 4 for this run: loss, probes, skill, probability and discrepancy, the phase shaded."""
     return _figure(PANELS, records, events)
 
 
-def detail_figures(records: list[Record]) -> dict[str, tuple[str, Figure]]:
+def detail_figures(records: list[Record], events: list[Record]) -> dict[str, tuple[str, Figure]]:
     """{section: (what to read there, figure)}, of sections that the records have something for."""
     figures: dict[str, tuple[str, Figure]] = {}
     for title, (says, panels) in DETAILS.items():
         if any(values(records, line[0]) for panel in panels for line in panel[3]):
-            figures[title] = (says, _figure(panels, records, []))
+            figures[title] = (says, _figure(panels, records, events))
     for heading, says, prefixes in MAPS:
         prefix = next((p for p in prefixes if len(_complete_rows(records, _layers(records, p))) > 1), "")
         if prefix:
-            figures[heading] = (says, _figure((), records, [], layers=prefix))
+            figures[heading] = (says, _figure((), records, events, layers=prefix))
     return figures
 
 
@@ -119,27 +145,31 @@ def _figure(panels: Sequence[Panel], records: list[Record], events: list[Record]
     names = _layers(records, layers) if layers else []
     rows = _complete_rows(records, names)
     heights = [height for _, height, *_ in panels] + [0.2 + 0.16 * len(names)] * (len(rows) > 1)
-    figure = Figure(figsize=(6.4, 0.6 + 1.35 * sum(heights)), facecolor=LIGHT["paper"], layout="constrained")
+    found = bands(records, events)
+    marks = _marks(events) if any(key == "loss" for panel in panels for key, *_ in panel[3]) else []
+    patches: list[Artist] = [*legend(found, LIGHT), *marks]
+    figure = Figure(
+        figsize=(6.4, 0.6 + 1.35 * sum(heights) + 0.2 * len(patches)), facecolor=LIGHT["paper"], layout="constrained"
+    )
     if not heights:
         figure.text(0.5, 0.5, "no records yet", ha="center", color=LIGHT["muted"])
         return figure
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for ax in axes:
         bare(ax)
-    for ax, (title, height, scale, lines) in zip(axes, panels, strict=False):
+    for ax, (title, _, scale, lines) in zip(axes, panels, strict=False):
         ax.set_title(title, loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
-        _draw(ax, scale, lines, records, 1.1 * height)
-        for event in events:
-            if MARKED.get(event["kind"]) in [key for key, *_ in lines]:
-                _mark(ax, values(records, MARKED[event["kind"]]), event)
-        for start, stop in below(records, events):
-            ax.axvspan(start, stop, color=LIGHT["band"], linewidth=0, zorder=0)
-            if ax is axes[0]:
-                where = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top"}
-                ax.text((start + stop) / 2, 0.95, "features\nbelow untrained", **where, **SMALL)
+        _draw(ax, scale, lines, records)
+        shade(ax, found, LIGHT)
+        if lines[0][0] == "loss":
+            _mark(ax, values(records, "loss"), events)
     if len(rows) > 1:
         _draw_layers(axes[-1], rows[:: math.ceil(len(rows) / 200)], names, layers)
+        _bound(axes[-1], found)
     axes[-1].set_xlabel("step", **SMALL)
+    if patches:
+        figure.legend(handles=patches, loc="outside upper left", fontsize=8, frameon=False, labelcolor=LIGHT["muted"])
+    settle(figure)
     return figure
 
 
@@ -163,7 +193,7 @@ def thinned(points: list[tuple[int, float]], scale: str) -> list[tuple[int, floa
     return points[:: math.ceil(len(points) / MOST_POINTS) or 1] + points[-1:]
 
 
-def _draw(ax: Axes, scale: str, lines: tuple[Line, ...], records: list[Record], inches: float) -> None:
+def _draw(ax: Axes, scale: str, lines: tuple[Line, ...], records: list[Record]) -> None:
     if scale == "log":
         log_axis(ax)
     ax.margins(x=0, y=0.15)
@@ -173,8 +203,24 @@ def _draw(ax: Axes, scale: str, lines: tuple[Line, ...], records: list[Record], 
         points = thinned(values(records, key), scale)
         ax.plot([s for s, _ in points], [v for _, v in points], style, color=LIGHT[colour], linewidth=1.4)
         ends += [(v, f"{label} {v:#.3g}".removesuffix("."), LIGHT[colour]) for _, v in points[-1:]]
-    room = 0.12 if lines[0][0] in MARKED.values() else 0.0  # for the names of events on the floor
-    label_ends(ax, ends, inches, room)
+        if key == "skill/smooth":
+            _interval(ax, records)
+    if scale in LIMITS:
+        low, high, line = LIMITS[scale]
+        lowest = min((v for key, *_ in lines for _, v in values(records, key)), default=0.0)
+        ax.set_ylim(max(low, min(lowest - 0.05, -0.05)) if scale == "skill" else low, high)
+        ax.axhline(line, color=LIGHT["muted"], linewidth=0.9, linestyle="--")
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+    label_ends(ax, ends)
+
+
+def _interval(ax: Axes, records: list[Record]) -> None:
+    """Two standard errors of the smoothed skill on either side."""
+    pairs = [(s, v, e) for r in records for s, v, e in [[phase.number(r.get(k)) for k in ("step", "skill/smooth", "skill/error")]]
+             if s is not None and v is not None and e is not None]  # fmt: skip
+    pairs = pairs[:: math.ceil(len(pairs) / MOST_POINTS) or 1]
+    steps, low, high = [s for s, _, _ in pairs], [v - 2 * e for _, v, e in pairs], [v + 2 * e for _, v, e in pairs]
+    ax.fill_between(steps, low, high, color=LIGHT["muted"], alpha=0.25, linewidth=0)
 
 
 def literal(name: str) -> str:
@@ -182,44 +228,70 @@ def literal(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def label_ends(ax: Axes, ends: list[tuple[float, str, str]], inches: float, room: float = 0.0) -> None:
-    """(value, text, colour) of each line: written at its right end, moved apart where they would touch.
+def label_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """(value, text, colour) of each line: written at its right end. `settle` moves apart what would touch."""
+    for value, text, colour in ends:
+        ax.annotate(literal(text), (1.015, value), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=colour,
+                    annotation_clip=False, gid=END)  # fmt: skip
 
-    inches: height of the panel, about. room: share of it that is kept free below the lines.
-    """
-    up = ax.transScale
-    low, high = (up.transform((0, y))[1] for y in ax.get_ylim())
-    if room:
-        low -= room * (high - low)
-        ax.set_ylim(bottom=up.inverted().transform((0, low))[1])
-    ends = sorted(((up.transform((0, v))[1] - low) / (high - low), text, colour) for v, text, colour in ends)
-    at, gap = [height for height, *_ in ends], 0.15 / inches
+
+def settle(figure: Figure) -> None:
+    """Lay the figure out, then move the names at the ends of curves apart; smaller, where there are many."""
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        ends = [text for text in ax.texts if text.get_gid() == END]
+        if ends:
+            _spread(ax, ends)
+    for text in figure.findobj(Text):
+        text.set_gid(None)
+
+
+def _spread(ax: Axes, ends: list[Text]) -> None:
+    height = ax.get_window_extent().height / ax.figure.dpi * 72  # points
+    size = max(4.5, min(8.0, height / (1.35 * len(ends))))
+    gap = 1.35 * size / height
+    low, high = (ax.transScale.transform((0, y))[1] for y in ax.get_ylim())
+
+    def where(text: Text) -> float:
+        at = (ax.transScale.transform((0, text.xy[1]))[1] - low) / (high - low)  # type: ignore[attr-defined]
+        return min(max(at, 0.0), 1.0) if math.isfinite(at) else 0.0
+
+    ends = sorted(ends, key=where)
+    at = [where(text) for text in ends]
     for i in range(1, len(at)):
         at[i] = max(at[i], at[i - 1] + gap)
     for i in reversed(range(len(at))):
         at[i] = min(at[i], at[i + 1] - gap if i + 1 < len(at) else 1.0)
-    for y, (_, text, colour) in zip(at, ends, strict=True):
-        ax.text(1.015, y, literal(text), transform=ax.transAxes, va="center", fontsize=8, color=colour)
+    for y, text in zip(at, ends, strict=True):
+        text.xy = (1.015, y)  # type: ignore[attr-defined]
+        text.xycoords = "axes fraction"  # type: ignore[attr-defined]
+        text.set_fontsize(size)
 
 
-def _mark(ax: Axes, points: list[tuple[int, float]], event: Record) -> None:
-    """A dot on the curve, and its name on the floor of the panel, where no curve is."""
-    if not points:
-        return
-    step, value = min(points, key=lambda point: abs(point[0] - event["step"]))
-    across = ax.transLimits.transform((step, 1))[0]
-    side = "left" if across < 0.6 else "right"  # beside its line, not across it
-    ax.vlines(step, ax.get_ylim()[0], value, color=LIGHT["ink"], linewidth=0.7)
-    ax.plot([step], [value], "o", color=LIGHT["ink"], markersize=4)
-    ax.annotate(f"{literal(str(event['kind'])).replace('_', ' ')}, step {event['step']:,}", (step, 0.03), ha=side, va="bottom", fontsize=8,
-                xycoords=ax.get_xaxis_transform(), xytext=(4 if side == "left" else -4, 0), textcoords="offset points",
-                color=LIGHT["ink"])  # fmt: skip
+def _marks(events: list[Record]) -> list[Artist]:
+    """Entries of the legend for the marks on the loss."""
+    entries: list[Artist] = []
+    for kind, (mark, one, several) in MARKED.items():
+        steps = [e["step"] for e in events if e["kind"] == kind]
+        if steps:
+            more = ", ..." if len(steps) > 2 else ""
+            label = f"{one if len(steps) == 1 else several}, step {', '.join(f'{s:,}' for s in steps[:2])}{more}"
+            entries.append(Line2D([], [], marker=mark, color=LIGHT["ink"], markersize=4, linestyle="", label=label))
+    return entries
 
 
-def below(records: list[Record], events: list[Record]) -> list[tuple[int, int]]:
-    """Steps during which the probes stood below the untrained encoder's, as the events have it."""
-    turns = [e["step"] for e in events if e["kind"] in ("features_below_untrained", "features_recovered")]
-    return list(zip(turns[::2], [*turns[1::2], records[-1]["step"]], strict=False))
+def _mark(ax: Axes, points: list[tuple[int, float]], events: list[Record]) -> None:
+    for event in events:
+        if event["kind"] in MARKED and points:
+            step, value = min(points, key=lambda point: abs(point[0] - event["step"]))
+            ax.plot([step], [value], MARKED[event["kind"]][0], color=LIGHT["ink"], markersize=4)
+
+
+def _bound(ax: Axes, found: Sequence[Band]) -> None:
+    """The ends of the bands on a map, which covers what is shaded."""
+    for band in found:
+        for step in {band.start, band.stop} if band.over else {band.start}:
+            ax.axvline(step, color=LIGHT["band"], linewidth=1, linestyle="--")
 
 
 def _layers(records: list[Record], prefix: str) -> list[str]:

@@ -1,27 +1,32 @@
 """report.html: one file that works offline. In: records, events, configuration and the figure. Out: the page's text."""
 
-import math
 import re
 from html import escape
 from typing import Any
 
 from jepa_fast.config import Config, flatten
 from jepa_fast.data.readers.generated import SETS
+from jepa_fast.monitor.phase import PHASE
 from jepa_fast.report.figure import COLOURS
-from jepa_fast.report.verdict import Record, last_of, left_out, values, verdict
+from jepa_fast.report.reading import Record, last_of, left_out, values
+from jepa_fast.report.verdict import verdict
 
 CLAIMS = """<h2>What is measured beside what is claimed</h2>
 <ul>
-<li><b>A low loss is the alarm</b>, and a loss that rises again is often the recovery. Only a probe tells.</li>
-<li><b>A small discrepancy is neither necessary nor sufficient</b> for useless features. It is small before the first
-step, has a valley near the loss minimum in runs that dip, and can end below that valley with the best features. Its
-shape is reported; its level decides nothing.</li>
-<li><b>The bound γ</b> (theorem 4.2, proposition 4.4) is an upper bound for one layer. It cannot show that the
-discrepancy is small, so nothing is decided by it. Proposition 4.4's γ grows with the masking ratio, while definition 4.1
-reads a small γ as collapse.</li>
+<li><b>The collapse phase</b> is the paper's (section 4.1): the loss improves, and the features are no better than random
+ones. Here it begins when the loss has fallen to half of its start, and ends at the first of two looks in a row at which
+the better encoder's probe is above the untrained encoder's by two standard errors. The loss minimum marks neither.</li>
+<li><b>The skill</b> measures the paper's main assumption, that the predictor can converge to a trivial solution: at 0 it is
+no better than a constant or than a copy of what it sees, whatever the loss.</li>
+<li><b>The probability</b> is an estimate from signals that need no labels. Where there are probes, they decide, and the
+estimate is only shown.</li>
+<li><b>The discrepancy C</b> decides nothing here. It is small before the first step, when both encoders are equal, whatever
+the features are worth.</li>
+<li><b>The bound γ</b> (theorem 4.2, proposition 4.4) is an upper bound for one layer. It cannot show that the discrepancy is
+small, so nothing is decided by it.</li>
 <li><b>Corollary 4.3</b> says that a larger decay β reduces the discrepancy. The identity behind it,
 θ<sub>t</sub> − θ̄<sub>t</sub> = βΔ<sub>t</sub> − (1−β) Σ β<sup>t−l</sup> Δ<sub>l</sub>, gives the opposite for weights
-that move steadily: 0 at β = 0 and all of ‖Δ<sub>t</sub>‖ at β = 1. The drift above is measured: compare runs.</li>
+that move steadily: 0 at β = 0 and all of ‖Δ<sub>t</sub>‖ at β = 1. The drift is measured: compare runs.</li>
 </ul>"""
 
 CSS = f""":root{{{"".join(f"--{name}:{light};" for name, (light, _) in COLOURS.items())}color-scheme:light dark}}
@@ -35,11 +40,14 @@ td,th{{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;border-bot
 
 NUMBERS = {
     "loss": "training loss", "probe/target": "probe, target encoder", "probe/context": "probe, context encoder",
+    "probe/untrained": "probe, untrained encoder", "skill/smooth": "predictor's skill",
+    "phase/useful/context": "probability useful, context encoder", "phase/useful/target": "probability useful, target encoder",
+    "readout/context": "readout, context encoder", "readout": "readout, target encoder",
+    "readout/untrained": "readout, untrained encoder", "position_share": "targets' variance between positions",
     "discrepancy/visible": "discrepancy, visible tokens", "discrepancy/full": "discrepancy, whole inputs",
-    "discrepancy/relative": "visible / spread", "spread": "instance spread", "skill": "predictor skill",
-    "drift/total": "drift ‖θ − θ̄‖", "rankme": "RankMe, target encoder", "lidar": "LiDAR, target encoder",
-    "content": "content, target encoder",
-    "bound/gamma": "bound γ", "bound/measured": "what γ bounds", "images_per_s": "samples per second",
+    "discrepancy/relative": "visible / spread", "spread": "instance spread", "drift/total": "drift ‖θ − θ̄‖",
+    "rankme": "RankMe, target encoder", "lidar": "LiDAR, target encoder", "bound/gamma": "bound γ",
+    "bound/measured": "what γ bounds", "images_per_s": "samples per second",
     "time/data_wait": "seconds a step waited for data",
 }  # fmt: skip
 
@@ -53,16 +61,7 @@ def page(
 ) -> str:  # fmt: skip
     """The report of run `name`: `svg` is the glance, `sections` what lies behind it. `trouble` says why `config` is None."""
     told, description = [e for e in events if "evidence" in e], _description(config)
-    facts = [
-        (
-            f"{e['step']:,}",
-            e["kind"].replace("_", " "),
-            f"{e['called_at']:,}",
-            e["confidence"],
-            "; ".join(e["evidence"]),
-        )
-        for e in told
-    ]
+    facts = [_fact(event) for event in told]
     settings = list(flatten(config).items()) if config else []
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
@@ -71,9 +70,9 @@ def page(
 <p class="verdict">{escape(verdict(records, told, description))}</p>
 <div class="wide">{inline(svg, 0)}</div>
 <h2>Events</h2>{_table(("step", "event", "called at", "confidence", "evidence"), facts, "None so far.")}
-<p class="quiet">Each states a fact about one curve, by what was known when it was called. Confidence is the chance that
-it is no accident of noise, not that anything is wrong; of a suspicion it is how often such calls were right in calibration.</p>
-<h2>Key numbers</h2>{_table(("", "start", "lowest", "at step", "at loss minimum", "end"), _numbers(records, told), "None yet.")}
+<p class="quiet">Each says what was known when it was called. The confidence of a fact is the chance that it is no accident of
+noise; of what is suspected it is the probability of it.</p>
+<h2>Key numbers</h2>{_table(("", "start", "lowest (step)", "highest (step)", "at loss minimum", "end"), _numbers(records, told), "None yet.")}
 {"".join(_section(number, *section) for number, section in enumerate(sections, start=1))}
 {CLAIMS}
 <h2>Skipped steps, bad samples, resumes</h2>{_table(("step", "event", "details"), _incidents(events)[-50:], "None.")}
@@ -132,14 +131,28 @@ def _progress(records: list[Record], config: Config | None) -> str:
     return f"Step {step:,} of {steps:,}: in progress, or stopped." if step < steps else f"{step:,} steps."
 
 
+def _fact(event: Record) -> tuple[Any, ...]:
+    """A row of the table of events."""
+    when = f"{event['step']:,}"
+    if event["kind"] == PHASE:
+        when += f" to {event['end']:,}" if event.get("end") is not None else ", not over"
+    return (
+        when,
+        event["kind"].replace("_", " "),
+        f"{event['called_at']:,}",
+        event["confidence"],
+        "; ".join(event["evidence"]),
+    )
+
+
 def _numbers(records: list[Record], events: list[Record]) -> list[Any]:
     bottom, rows = last_of("loss_minimum", events), []
     for key, name in NUMBERS.items():
         if points := values(records, key):
-            step, lowest = min(points, key=lambda point: point[1])
-            there = min(points, key=lambda p: abs(p[0] - bottom["step"]))[1] if bottom else math.nan
-            start, low, middle, end = (f"{value:.3g}" for value in (points[0][1], lowest, there, points[-1][1]))
-            rows.append((name, start, low, f"{step:,}", middle.replace("nan", ""), end))
+            low, high = (extreme(points, key=lambda point: point[1]) for extreme in (min, max))
+            there = f"{min(points, key=lambda p: abs(p[0] - bottom['step']))[1]:.3g}" if bottom else ""
+            reached = (f"{value:.3g} ({step:,})" for step, value in (low, high))
+            rows.append((name, f"{points[0][1]:.3g}", *reached, there, f"{points[-1][1]:.3g}"))
     return rows
 
 

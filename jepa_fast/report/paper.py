@@ -8,9 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jepa_fast.errors import UsageError
+from jepa_fast.report.bands import KINDS, bands, shade
 from jepa_fast.report.compare import Compared, order, smooth
-from jepa_fast.report.figure import LIGHT, SMALL, bare, below, label_ends, literal, log_axis, svg, thinned
-from jepa_fast.report.verdict import last_of, values
+from jepa_fast.report.figure import LIGHT, SMALL, bare, label_ends, literal, log_axis, settle, svg, thinned
+from jepa_fast.report.reading import last_of, looks, values
 
 CAPTIONS = {
     1: "The collapse phase: training loss and linear probe of one run",
@@ -32,7 +33,9 @@ def figure(number: int, runs: Sequence[Compared]) -> Figure:
         raise UsageError(f"--figure {number} needs the folder of a run")
     if number in (1, 4) and len(runs) > 1:
         raise UsageError(f"figure {number} shows one run, and {len(runs)} were given; figures 2, 3 and 5 show several")
-    return {1: _one, 2: _losses, 3: _losses_and_probes, 4: _hypothesis, 5: _sensitivity}[number](runs)
+    drawn = {1: _one, 2: _losses, 3: _losses_and_probes, 4: _hypothesis, 5: _sensitivity}[number](runs)
+    settle(drawn)
+    return drawn
 
 
 def write(number: int, runs: Sequence[Compared], stem: Path) -> Path:
@@ -74,8 +77,6 @@ def _losses(runs: Sequence[Compared]) -> Figure:
 def _losses_and_probes(runs: Sequence[Compared]) -> Figure:
     drawn, (left, right) = _canvas(1, 2)
     _many(left, right, runs, _hues(len(runs)))
-    if len(runs) == 1:
-        _shade(runs[0], left, right)
     return drawn
 
 
@@ -113,9 +114,7 @@ def _canvas(rows: int, columns: int, height: float = 2.8) -> tuple[Figure, list[
     return drawn, axes
 
 
-def _lines(
-    ax: Axes, lines: list[tuple[list[tuple[int, float]], Curve]], scale: str, inches: float = 2.1, early: int = 0
-) -> None:
+def _lines(ax: Axes, lines: list[tuple[list[tuple[int, float]], Curve]], scale: str, early: int = 0) -> None:
     """Curves with their names at the right end; `early` above 0: the steps around it enlarged in an inset."""
     ends = []
     for points, (label, colour, style) in lines:
@@ -125,7 +124,7 @@ def _lines(
         ends += [(value, label, shade) for _, value in points[-1:] if label]
     if early and any(points for points, _ in lines):
         _inset(ax, lines, early)
-    label_ends(ax, ends, inches)
+    label_ends(ax, ends)
 
 
 def _loss(ax: Axes, run: Compared, curves: list[Curve], inset: bool = False) -> None:
@@ -144,17 +143,21 @@ def _probe(ax: Axes, run: Compared) -> None:
 
 def _many(left: Axes, right: Axes, runs: Sequence[Compared], hues: list[str]) -> None:
     left.set_title("Training loss", loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
-    right.set_title("Linear probe of the target encoder", loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
+    right.set_title("Linear probe of the better encoder", loc="left", fontsize=9, color=LIGHT["ink"], fontweight="bold")
     log_axis(left)
     curves: list[Curve] = [(label, hue, "-") for label, hue in zip(_shortened([r.label for r in runs], LABEL), hues, strict=True)]  # fmt: skip
     losses = [(smooth(values(run.records, "loss"), 0.005), curve) for run, curve in zip(runs, curves, strict=True)]
     early = max((_bottom(run) for run in runs), default=0)
-    _lines(left, losses, "log", 2.9, early if len(runs) > 1 else 0)
-    probes = [(values(run.records, "probe/target"), curve) for run, curve in zip(runs, curves, strict=True)]
+    _lines(left, losses, "log", early if len(runs) > 1 else 0)
+    probes = [
+        ([(k.step, k.probes[k.better]) for k in looks(run.records)], curve)
+        for run, curve in zip(runs, curves, strict=True)
+    ]
     baselines = {round(values(run.records, "probe/untrained")[-1][1], 4) for run in runs if values(run.records, "probe/untrained")}  # fmt: skip
     if len(baselines) == 1:
         probes.append((values(runs[0].records, "probe/untrained"), ("untrained", "muted", "--")))
-    _lines(right, probes, "linear", 2.9)
+    _lines(right, probes, "linear")
+    _strips((left, right), runs, hues)
 
 
 def _shortened(labels: list[str], most: int) -> list[str]:
@@ -191,14 +194,34 @@ def _inset(ax: Axes, lines: list[tuple[list[tuple[int, float]], Curve]], bottom:
 
 
 def _shade(run: Compared, *axes: Axes) -> None:
-    """The phase by the probe; without one, the steps up to the loss minimum."""
-    spans = below(run.records, run.events)
-    called = last_of("loss_minimum", run.events)
-    for start, stop in spans or ([(0, called["step"])] if called else []):
-        for ax in axes:
-            ax.axvspan(start, stop, color=LIGHT["band"], linewidth=0, zorder=0)
-    said = "; shaded: features below untrained" if spans else "; shaded: loss falling" if called else ""
-    axes[0].set_xlabel(f"step{said}", **SMALL)
+    """The collapse phase; its name stands under the first panel."""
+    found = bands(run.records, run.events)
+    for ax in axes:
+        shade(ax, found, LIGHT)
+    names = list(dict.fromkeys(KINDS[band.kind][0] for band in found))
+    axes[0].set_xlabel("step" + (f"; shaded: {', '.join(names)}" if names else ""), **SMALL)
+
+
+def _strips(axes: Sequence[Axes], runs: Sequence[Compared], hues: list[str]) -> None:
+    """The collapse phase of each run, as a bar in its colour below the curves. Of one run it is shaded."""
+    if len(runs) == 1:
+        return _shade(runs[0], *axes)
+    found = [[band for band in bands(run.records, run.events) if "collapse" in band.kind] for run in runs]
+    if not any(found):
+        return None
+    for ax in axes:
+        low, high = (ax.transScale.transform((0, y))[1] for y in ax.get_ylim())
+        room = min(0.25, 0.04 * len(runs)) * (high - low)
+        ax.set_ylim(bottom=ax.transScale.inverted().transform((0, low - room))[1])
+        share = room / (high - low + room)
+        for i, (of, hue) in enumerate(zip(found, hues, strict=True)):
+            y = share * (len(runs) - i - 0.5) / len(runs)
+            for band in of:
+                ax.plot([band.start, band.stop], [y, y], color=hue, linewidth=2.5, transform=ax.get_xaxis_transform(),
+                        solid_capstyle="butt", alpha=0.5 if band.kind.startswith("probably") else 1)  # fmt: skip
+    estimated = any(band.kind.startswith("probably") for of in found for band in of)
+    axes[0].set_xlabel(f"step; bars: {'collapse phase (pale: estimated)' if estimated else 'collapse phase'}", **SMALL)
+    return None
 
 
 def _hues(count: int) -> list[str]:

@@ -1,230 +1,231 @@
-"""A run in a few sentences. In: records and events. Out: text.
+"""A run in a few sentences. In: records and events. Out: text: the answer, the numbers, what to do.
 
-The loss and the discrepancy are told; what the features are worth is said by the probe alone. Without one, what the
-other signals suspect is told as a suspicion, with its confidence.
+With labels the answer is a fact, by the paper's definition (`phase`). Without, it is an estimate, with its probability.
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterator
-from itertools import accumulate
-from typing import Any
+from collections.abc import Sequence
 
 from jepa_fast.monitor import phase
+from jepa_fast.report.bands import Band, bands
+from jepa_fast.report.reading import Record, cannot_tell, last_of, looks, values, with_phase
 
-Record = dict[str, Any]
-
-# (loss minimum, features below untrained, features recovered since): what it means
-MEANING = {
-    (1, 1, 1): "This is the collapse phase and its end: the features got worse while the loss fell, and better while it rose.",
-    (1, 1, 0): "The features are worse than at the start. The loss has risen again, but that alone is no recovery: this is the collapse phase, not yet its end.",
-    (0, 1, 1): "The features dipped and came back without a rise of the loss: half of the pattern.",
-    (0, 1, 0): "The features are worse than at the start while the loss looks well: this is how the collapse phase begins.",
-    (0, 0, 0): "The pattern of the collapse phase does not appear up to here.",
-}  # fmt: skip
-# the same two with a loss minimum, in another order
-LATE = {
-    True: "The features fell below the untrained encoder's only after the loss had turned, and came back while it rose: a dip and its end, but later than the loss would say.",
-    False: "The features are worse than at the start, and fell only after the loss had turned: its rise is no recovery.",
-}
-EARLY = "The features dipped and came back while the loss still fell: its minimum marks neither."
+FRACTIONS = {"a tenth": 0.1, "a fifth": 0.2, "a quarter": 0.25, "a third": 1 / 3, "half": 0.5, "two thirds": 2 / 3,
+             "three quarters": 0.75}  # fmt: skip
+LIKELY = 0.7  # a probability from which the text says "probably"
 
 
-def verdict(records: list[Record], events: list[Record], description: str) -> str:
-    """A few sentences: what the loss did, what the probe says, what it means, what to do next."""
-    levels = list(phase.levels(phase.series(records, "loss")))
-    if len(levels) < 5:
-        of = f" of {len(records)}" if len(records) > len(levels) else ""
-        said = [
-            f"Too short to say: {len(levels)}{of} record{'s' * (len(levels) != 1)} with a loss. Train longer, or log more often."
-        ]
+def verdict(records: Sequence[Record], events: Sequence[Record], description: str) -> str:
+    """At most four sentences, and one more where a limit of the data must be said. `description` is the data set's."""
+    curve = list(phase.series(records, "loss"))
+    limits = [*_synthetic(description)]
+    lost = _lost(records, curve)
+    if len(curve) < 5:
+        of = f" of {len(records)}" if len(records) > len(curve) else ""
+        short = f"Too short to say: {len(curve)}{of} record{'s' * (len(curve) != 1)} with a loss. Train longer, or log more often."
+        return " ".join([*_no_number(lost), short, *limits])
+    if not any("phase/state" in record for record in records):
+        records, events = with_phase(records)
+    events, looked = phase.latest(list(events)), looks(records)
+    labelled = bool(looked) and not cannot_tell(looked)
+    if labelled:
+        said = [_answer(events, looked), _probes(looked, values(records, "probe/majority"))]
     else:
-        said = [_on_loss(levels, events), *_on_late_drop(events), *_on_probe(records, events)]
-    if levels and len(lost := [r for r in records if r["step"] > levels[-1].called and "loss" in r]) >= 2:
-        said.insert(1, f"From step {int(lost[0]['step']):,} on the loss is no finite, positive number.")
-    if "synthetic" in description:
-        said.append("The data are synthetic: the run illustrates the phase, it is no evidence for other data.")
-    return " ".join(said)
-
-
-def _on_loss(levels: list[phase.Level], events: list[Record]) -> str:
-    called, last = last_of("loss_minimum", events), levels[-1]
-    if called:
-        times = math.exp(last.log - min(levels, key=lambda level: abs(level.step - called["step"])).log)
-        return f"The loss was lowest at step {called['step']:,} of {last.called:,}; at the end it is {times:.1f} times that."
-    times = math.exp(last.log - min(level.log for level in levels))
-    return f"Up to step {last.called:,} the loss shows no minimum followed by a lasting rise; it is {times:.2f} times its lowest."
-
-
-def _on_probe(records: list[Record], events: list[Record]) -> list[str]:
-    kinds = ("loss_minimum", "features_below_untrained", "features_recovered")
-    bottomed, below, back = (last_of(kind, events) for kind in kinds)
-    context, target, untrained, majority = (
-        values(records, f"probe/{name}") for name in ("context", "target", "untrained", "majority")
-    )
-    if not target or not untrained:
-        return _without_probe(records, events, bottomed is not None)
-    recovered = below is not None and back is not None and back["step"] > below["step"]
-    other = f" and on the context encoder at {context[-1][1]:.3f}" if context else ""
-    said = f"A linear probe on the target encoder ends at {target[-1][1]:.3f}{other}; the untrained encoder has {untrained[-1][1]:.3f}"
-    said += f", always naming the most common class {majority[-1][1]:.3f}." if majority else "."
-    if below:
-        said += f" The mean of both encoders' probes was below the untrained encoder's from step {below['step']:,}"
-        said += (
-            f", and above it again from step {back['step']:,}." if back and recovered else ", and has not come back."
-        )
-    if bottomed and not below:
-        means = _shape_without_dip(records, events)
+        said = [*_blind(looked), *_estimate(records, events)]
+    if lost is None:
+        said.append(_loss_and_skill(records, events, curve))
+        said.append(_next(events, looked) if labelled else _next_without_labels(records))
     else:
-        means = _meaning(bottomed, below, back if recovered else None)
-    more = [] if below else [*_no_room(untrained[-1][1], majority), *_alone(records), *_unconfirmed(events)]
-    return [said, means, *more, _next(target, context, untrained[-1][1], bool(below) and not recovered)]
-
-
-def _meaning(bottomed: Record | None, below: Record | None, back: Record | None) -> str:
-    """What a dip of the features means beside the loss minimum: whether it came before, around or after it."""
-    if bottomed and below and below["step"] > bottomed["step"]:
-        return LATE[back is not None]
-    if bottomed and back and back["step"] < bottomed["step"]:
-        return EARLY
-    return MEANING[bottomed is not None, below is not None, back is not None]
-
-
-def _no_room(untrained: float, majority: list[tuple[int, float]]) -> list[str]:
-    """Where features that lose everything would not be seen to."""
-    if not majority or untrained - majority[-1][1] >= phase.PROBE_MARGIN:
-        return []
-    return [
-        "The untrained encoder hardly beats naming the most common class, so a fall of the features could not show."
-    ]
-
-
-def _shape_without_dip(records: list[Record], events: list[Record]) -> str:
-    """What the curves have of the phase, and what the probe has not: apart, as each may be right."""
-    curves = ["the loss"]
-    curves += [
-        name
-        for kind, name in (("variance_escape", "the spread"), ("discrepancy_valley", "the discrepancy"))
-        if last_of(kind, events)
-    ]
-    named = f"{', '.join(curves[:-1])} and {curves[-1]} have" if len(curves) > 1 else "the loss has"
-    step, gap = min(_gaps(records), key=lambda point: point[1])
-    shape = f"{named[0].upper()}{named[1:]} the shape of the collapse phase"
-    if gap > -phase.PROBE_MARGIN / 2:
-        return f"{shape}, but the features never fell below the untrained encoder's: by the probe there was none.{_setback(records)}"
-    return (
-        f"{shape}. The mean of both encoders' probes was at most {-100 * gap:.1f} points below the untrained encoder's (step {step:,}), "
-        f"and {100 * phase.PROBE_MARGIN:.1f} on two records in a row count as a difference: whether the features got worse on the way, this probe cannot tell."
-    )
-
-
-def _setback(records: list[Record]) -> str:
-    """The deepest fall of the probes that stayed above the untrained encoder's, if there is one to speak of."""
-    gaps = _gaps(records)
-    best_so_far: Iterator[tuple[int, float]] = accumulate(gaps, lambda best, now: now if now[1] > best[1] else best)
-    falls = list(zip(best_so_far, gaps, strict=True))
-    (began, high), (ended, low) = max(falls, key=lambda fall: fall[0][1] - fall[1][1])
-    if high - low < 2 * phase.PROBE_MARGIN:
-        return ""
-    return (
-        f" They got worse on the way, though: from {100 * high:.1f} points above it at step {began:,} to {100 * low:.1f} at step {ended:,}, "
-        "mean of both encoders' probes."
-    )
-
-
-def _gaps(records: list[Record]) -> list[tuple[int, float]]:
-    """(step, mean of the encoders' probes less the untrained encoder's)."""
-    gaps = []
-    for record in records:
-        held = [v for name in ("context", "target") if (v := phase.number(record.get(f"probe/{name}"))) is not None]
-        untrained = phase.number(record.get("probe/untrained"))
-        if held and untrained is not None:
-            gaps.append((int(record["step"]), sum(held) / len(held) - untrained))
-    return gaps
-
-
-def _alone(records: list[Record]) -> list[str]:
-    """One encoder below the untrained one by the same rule, where the mean of both was not."""
-    said = []
-    for name in ("context", "target"):
-        keys = ("step", f"probe/{name}", "probe/untrained")
-        events = phase.detect({key: record[key] for key in keys if key in record} for record in records)
-        below, back = (
-            [e for e in events if e.kind == kind] for kind in ("features_below_untrained", "features_recovered")
-        )
-        if below:
-            end = f", and above it again from step {back[0].step:,}" if back else ", and has not come back"
-            said.append(
-                f"The {name} encoder's probe alone was below the untrained encoder's from step {below[0].step:,}{end}."
-            )
-    return said
-
-
-def _unconfirmed(events: list[Record]) -> list[str]:
-    """A suspicion that the probe, which knows, does not share."""
-    suspected = last_of("collapse_suspected", events)
-    if not suspected:
-        return []
-    return [
-        f"The signals without labels suggested useless features from step {suspected['step']:,}, with confidence "
-        f"{suspected['confidence']:.2f}; the probe does not confirm it."
-    ]
-
-
-def _without_probe(records: list[Record], events: list[Record], bottomed: bool) -> list[str]:
-    """What can be said where nothing knows what the features are worth."""
-    alarm = ": a loss minimum is the alarm of the collapse phase, no proof of it" if bottomed else ""
-    said = [f"There is no probe, so nothing says how good the features are{alarm}."]
-    content, untrained = values(records, "content"), values(records, "content/untrained")
-    if content and untrained:
-        step, lowest = min(content, key=lambda point: point[1])
         said.append(
-            f"What the target encoder's features tell of the inputs' spectra was least at step {step:,} (correlation {lowest:.2f}) "
-            f"and ends at {content[-1][1]:.2f}; the untrained encoder's tell {untrained[-1][1]:.2f}."
+            f"Next: go on from a checkpoint of before step {lost:,}; a lower learning rate is the usual first try."
         )
-    collapse, recovery = last_of("collapse_suspected", events), last_of("recovery_suspected", events)
-    for event, what in ((collapse, "useless features"), (recovery, "useful features again")):
-        if event and not (event is recovery and collapse and recovery["step"] < collapse["step"]):
-            said.append(
-                f"The other signals suggest {what} from step {event['step']:,}, with confidence {event['confidence']:.2f}: {event['evidence'][0]}."
-            )
-    return [*said, "Next: give labelled data."]
+    return " ".join([*_no_number(lost), *said, *limits])
 
 
-def _on_late_drop(events: list[Record]) -> list[str]:
-    drop = last_of("late_drop", events)
-    if not drop:
+# ---- the answer, from probes ------------------------------------------------------------------------
+
+
+def _answer(events: Sequence[Record], looked: Sequence[phase.Look]) -> str:
+    found, turns = last_of(phase.PHASE, events), [e for e in events if e["kind"] in ("useful", "degraded")]
+    now, useful = looked[-1].step, bool(turns) and turns[-1]["kind"] == "useful"
+    if found is None and not turns:
+        if len(looked) < 2:
+            return "One look at the probes is not enough to say: two in a row decide."
+        return f"Not yet in the collapse phase: up to step {now:,} the loss has not halved, and the features are not useful."
+    if found is not None and found.get("end") is None:
+        said = (
+            f"In the collapse phase since step {found['step']:,}, {_share(now - found['step'], now)} of the run so far"
+        )
+        if looked[-1].useful:
+            return f"{said}; the last look was useful, and one more would end it."
+        return f"{said}: the loss has halved, but the features are no better than an untrained encoder's."
+    if found is None:
+        said = f"No collapse phase: the features were useful from step {turns[0]['step']:,}, before the loss had halved"
+    else:
+        length = _share(found["end"] - found["step"], now)
+        said = f"Collapse phase from step {found['step']:,} to {found['end']:,}, {length} of the run"
+    falls = [e["step"] for e in turns if e["kind"] == "degraded"]
+    if not useful:
+        return f"{said}; useful features after that, then lost again from step {falls[-1]:,}."
+    more = (
+        f", apart from {'a relapse' if len(falls) == 1 else f'{len(falls)} relapses'} from step {falls[0]:,}"
+        if falls
+        else ""
+    )
+    return f"{said}{'; over since' if found else ''}{more}."
+
+
+def _probes(looked: Sequence[phase.Look], majority: list[tuple[int, float]]) -> str:
+    last, best = looked[-1], max(looked, key=lambda look: look.probes[look.better])
+    end, most = last.probes[last.better], best.probes[best.better]
+    at_best = f" (best {most:.3f}, step {best.step:,})" if most - end >= 0.001 else ""
+    common = f", majority class {majority[-1][1]:.3f}" if majority else ""
+    return (
+        f"The better probe, of the {last.better} encoder, ends at {end:.3f}{at_best}; untrained {last.untrained:.3f}{common}; "
+        f"{last.margin:.3f} counts as a difference ({_tests(last)})."
+    )
+
+
+def _tests(look: phase.Look) -> str:
+    assumed = look.num_test is None
+    count = f"{phase.ASSUMED_TESTS:,} test samples, assumed" if assumed else f"{look.num_test:,.0f} test samples"
+    return f"two standard errors on {count}"
+
+
+def _next(events: Sequence[Record], looked: Sequence[phase.Look]) -> str:
+    turns = [e for e in events if e["kind"] in ("useful", "degraded")]
+    found, last = last_of(phase.PHASE, events), looked[-1]
+    if found is not None and found.get("end") is None:
+        return (
+            "Next: train on and go by the probe, not by the loss; experiments/remedies measures whether "
+            "--objective.target_norm batch shortens the phase."
+        )
+    if not turns:
+        return "Next: train on."
+    best = max(looked, key=lambda look: look.probes[look.better])
+    if turns[-1]["kind"] == "degraded" or best.probes[best.better] - last.probes[last.better] >= last.margin:
+        return (
+            f"Next: use the checkpoint that was best by the probe (checkpoints/best; step {best.step:,}), not the last."
+        )
+    return "Next: choose the checkpoint by the probe (checkpoints/best), never by the lowest loss; the last is about as good."
+
+
+# ---- the answer, without labels ---------------------------------------------------------------------
+
+
+def _blind(looked: Sequence[phase.Look]) -> list[str]:
+    if not looked:
         return []
+    last = looked[-1]
     return [
-        f"At step {drop['step']:,}, after an escape, a curve fell suddenly ({drop['evidence'][0]}): such a fall can be a partial collapse."
+        f"The probe cannot show the phase: the untrained encoder has {last.untrained:.3f}, and with the margin of "
+        f"{last.margin:.3f} ({_tests(last)}) nothing could be better."
     ]
 
 
-def _next(target: list[tuple[int, float]], context: list[tuple[int, float]], untrained: float, down: bool) -> str:
-    step, best = max(target, key=lambda point: point[1])
-    if down:
-        return "Next: train on (--resume --train.steps N) and go by the probe, not by the loss; if it stays down, try a larger --ema.decay."
-    if target[-1][1] - untrained < phase.PROBE_MARGIN and context and context[-1][1] - untrained >= phase.PROBE_MARGIN:
-        return "The context encoder's features are better than an untrained encoder's, the target encoder's not yet. Next: train longer, and go by the probe, not by the loss."
-    if target[-1][1] - untrained < phase.PROBE_MARGIN:
-        return "The target encoder's features are no better than an untrained encoder's. Next: train longer, and go by the probe, not by the loss."
-    if best - target[-1][1] > phase.PROBE_MARGIN:
-        return f"Next: the probe was best at step {step:,} ({best:.3f}); keep checkpoints (--checkpoint.every, --checkpoint.keep 0) and choose by the probe, not by the loss."
-    return "Next: use the last checkpoint, not the one of the lowest loss; the probe is about as good as it has been."
+def _estimate(records: Sequence[Record], events: Sequence[Record]) -> list[str]:
+    """The answer, and the probabilities that it follows from."""
+    known = {name: values(records, f"phase/useful/{name}") for name in ("context", "target")}
+    now = {name: points[-1][1] for name, points in known.items() if points}
+    if not now:
+        return [_by_the_loss(events)]
+    answer = _likely(records, events, max(now.values()))
+    which = " and ".join(f"{p:.2f} (the {name} encoder's)" for name, p in now.items())
+    return [
+        answer,
+        f"The probability that features beat an untrained encoder's is {which}: an estimate, as no probe says it.",
+    ]
 
 
-def values(records: list[Record], key: str) -> list[tuple[int, float]]:
-    """(step, value) of the records that have one."""
-    pairs = ((r["step"], phase.number(r.get(key))) for r in records if phase.number(r.get("step")) is not None)
-    return [(int(step), value) for step, value in pairs if value is not None]
+def _likely(records: Sequence[Record], events: Sequence[Record], p: float) -> str:
+    states = [(int(r["step"]), r["phase/state"]) for r in records if "phase/state" in r]
+    state = states[-1][1]
+    others = [step for step, one in states if one != state]
+    since = next((step for step, _ in states if not others or step > others[-1]), states[0][0])
+    found = [band for band in bands(records, events) if band.kind == "probably collapse"]
+    if state == "collapse":
+        return f"{_probably(1 - p)} in the collapse phase since step {found[-1].start if found else since:,} (probability {1 - p:.2f})."
+    if state == "degraded":
+        return f"{_probably(1 - p)} useful features that were lost again from step {since:,} (probability {1 - p:.2f})."
+    if state == "warmup":
+        return f"Not yet in the collapse phase: the loss has not halved up to step {states[-1][0]:,}."
+    said = _stretch(found)
+    if state == "escape":
+        return f"{said or 'The loss has halved'}; features perhaps useful since step {since:,} (probability {p:.2f})."
+    return f"{said or 'Probably no collapse phase'}; {_probably(p).lower()} useful features since step {since:,} (probability {p:.2f})."
 
 
-def last_of(kind: str, events: list[Record]) -> Record | None:
-    return next((e for e in reversed(events) if e["kind"] == kind), None)
+def _stretch(found: Sequence[Band]) -> str:
+    if not found:
+        return ""
+    return f"Probably a collapse phase from step {found[0].start:,} to {found[-1].stop:,}"
 
 
-def left_out(events: list[Record]) -> str:
-    """How many samples could not be used, by reason, in one sentence; '' if there is none."""
-    why = Counter(e.get("why", "unreadable") for e in events if e["kind"] == "bad_sample")
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(why.items()))
-    return f"samples left out: {why.total()} ({reasons}); events.jsonl names them" if why else ""
+def _probably(p: float) -> str:
+    return "Probably" if p >= LIKELY else "Perhaps"
+
+
+def _by_the_loss(events: Sequence[Record]) -> str:
+    shape = "it has fallen and risen, as in the collapse phase and its end, but a failing run can look the same"
+    if last_of("loss_minimum", events) is None:
+        shape = "in the collapse phase, too, it only falls"
+    return f"The loss alone does not tell the phase: {shape}."
+
+
+def _next_without_labels(records: Sequence[Record]) -> str:
+    if any("skill" in record or "readout" in record for record in records):
+        return "Next: a probe on labelled data would settle it."
+    return "Next: log the predictor's skill and the readout (three lines with CollapseMonitor), or a probe on labelled data."
+
+
+# ---- loss and skill ---------------------------------------------------------------------------------
+
+
+def _loss_and_skill(records: Sequence[Record], events: Sequence[Record], curve: list[tuple[int, float]]) -> str:
+    called, levels = last_of("loss_minimum", events), list(phase.levels(curve))
+    low = min(levels, key=lambda level: level.log)
+    if called is not None:
+        low = min(levels, key=lambda level: abs(level.step - called["step"]))
+    fell, rose = curve[0][1] / math.exp(low.log), math.exp(levels[-1].log - low.log)
+    after = (
+        f", then rose {rose:.1f}x; that minimum says nothing of the features"
+        if called
+        else ", which says nothing of the features"
+    )
+    drop = last_of("late_drop", events)
+    sudden = f"; at step {drop['step']:,} it fell suddenly, which can be a partial collapse" if drop else ""
+    said = f"The loss fell {fell:.{0 if fell >= 10 else 1}f}x up to step {low.step:,}{after}{sudden}"
+    skill, error = values(records, "skill/smooth"), values(records, "skill/error")
+    if not skill:
+        return f"{said}."
+    wide = 2 * error[-1][1] if error else math.inf
+    better = "better" if skill[-1][1] > wide else "no better"
+    between = f" ± {wide:.2f}" if wide < math.inf else ""
+    return f"{said}; the predictor's skill is {skill[-1][1]:.2f}{between}, {better} than a trivial predictor's 0."
+
+
+def _lost(records: Sequence[Record], curve: list[tuple[int, float]]) -> int | None:
+    """The step from which on the loss is no finite, positive number any more, at least two records."""
+    after = [r for r in records if curve and r["step"] > curve[-1][0] and "loss" in r]
+    return int(after[0]["step"]) if len(after) >= 2 else None
+
+
+def _no_number(lost: int | None) -> list[str]:
+    return (
+        [] if lost is None else [f"From step {lost:,} on the loss is no finite, positive number: training has failed."]
+    )
+
+
+def _synthetic(description: str) -> list[str]:
+    if "synthetic" not in description:
+        return []
+    return ["The data are synthetic: the run illustrates the phase, it is no evidence for other data."]
+
+
+def _share(steps: int, of: int) -> str:
+    """A share in words where one is near, else in percent."""
+    share = steps / of if of else 0.0
+    near = min(FRACTIONS, key=lambda name: abs(FRACTIONS[name] - share))
+    if abs(FRACTIONS[near] - share) <= 0.02:
+        return near
+    return f"{100 * share:.0f} %" if share >= 0.01 else "under 1 %"

@@ -7,17 +7,18 @@ every record, `detect` the events.
 Everything is causal: what is said at step s follows from the records up to s, and nothing takes it back.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from jepa_fast.monitor.phase.assessment import Assessment, Assessor, assess
 from jepa_fast.monitor.phase.curves import PHASE, Event, Level, levels, number, series
-from jepa_fast.monitor.phase.facts import latest, look_of, probe_margin
+from jepa_fast.monitor.phase.facts import ASSUMED_TESTS, Look, latest, look_of, probe_margin
 from jepa_fast.monitor.phase.shapes import LossShape
 
 __all__ = [
-    "PHASE", "Assessment", "Detector", "Event", "Level", "assess", "detect", "latest", "levels", "look_of", "number",
-    "probe_margin", "series",
+    "ASSUMED_TESTS", "PHASE", "Assessment", "Detector", "Event", "Level", "Look", "assess", "detect", "latest", "levels", "look_of",
+    "number", "probe_margin", "series",
 ]  # fmt: skip
 
 
@@ -56,6 +57,19 @@ class Detector:
     def skill(self) -> tuple[float | None, float]:
         """The predictor's skill now, over the last tenth of the steps: (mean, its standard error)."""
         return self.assessor.estimator.skill.mean, self.assessor.estimator.skill.error
+
+    def fields(self) -> dict[str, Any]:
+        """What the last record says of the phase: `phase/state`, probabilities, the skill's mean and its standard error."""
+        now = self.assessment
+        if now is None:
+            return {}
+        said: dict[str, Any] = {"phase/state": now.state}
+        known = {"context": now.useful_context, "target": now.useful_target}
+        said |= {f"phase/useful/{name}": p for name, p in known.items() if p is not None}
+        mean, error = self.skill
+        if mean is not None:
+            said |= {"skill/smooth": mean} | ({"skill/error": error} if math.isfinite(error) else {})
+        return said
 
     def open_phase(self) -> list[Event]:
         """The collapse phase that lasts, as it stands now; or nothing."""

@@ -38,6 +38,7 @@ class Look(NamedTuple):
     probes: dict[str, float]
     untrained: float
     margin: float
+    num_test: float | None  # test samples; None where the log does not say
 
     @property
     def better(self) -> str:
@@ -58,7 +59,8 @@ def look_of(record: Record) -> Look | None:
     if untrained is None or step is None or not probes or failed:
         return None
     gaps = {name: p - untrained for name, p in probes.items()}
-    return Look(int(step), gaps, probes, untrained, probe_margin(untrained, number(record.get("probe/num_test"))))
+    num_test = number(record.get("probe/num_test"))
+    return Look(int(step), gaps, probes, untrained, probe_margin(untrained, num_test), num_test)
 
 
 class Halved:
