@@ -86,7 +86,7 @@ def _single(
         "readout": best("readout"), "skill": best("skill"), "loss (low)": -record["loss"],
         "discrepancy C": record["discrepancy/visible"], "C / spread (low)": -record["discrepancy/relative"],
         "spread": max(grown("spread/full"), grown("spread/full/context")), "RankMe": max(grown("rankme"), grown("rankme/context")),
-        "LiDAR": best("lidar"), "alpha-ReQ (low)": -np.nanmin([record.get("alpha_req", math.nan), record.get("alpha_req/context", math.nan), 99.0]),
+        "LiDAR": max(grown("lidar"), grown("lidar/context")), "alpha-ReQ (low)": -np.nanmin([record.get("alpha_req", math.nan), record.get("alpha_req/context", math.nan), 99.0]),
         "step": float(record["step"]),
     }  # fmt: skip
 

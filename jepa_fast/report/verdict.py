@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jepa_fast.monitor import phase
 from jepa_fast.report.bands import Band, bands
-from jepa_fast.report.reading import Record, cannot_tell, last_of, looks, values, with_phase
+from jepa_fast.report.records import Record, cannot_tell, last_of, looks, values, with_phase
 
 FRACTIONS = {"a tenth": 0.1, "a fifth": 0.2, "a quarter": 0.25, "a third": 1 / 3, "half": 0.5, "two thirds": 2 / 3,
              "three quarters": 0.75}  # fmt: skip

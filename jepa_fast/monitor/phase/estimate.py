@@ -23,15 +23,14 @@ ENCODERS = ("context", "target")
 SUFFIX = {"context": "/context", "target": ""}  # of the keys of a record
 # The models, best first, and the signals each needs: the first whose signals are all there is used.
 TIERS: dict[str, tuple[str, ...]] = {
-    "readout": ("readout", "skill", "lidar"),
-    "readout without views": ("readout", "skill"),
+    "readout": ("readout", "skill"),
     "readout alone": ("readout",),
     "spectrum": ("skill", "rankme"),
     "skill": ("skill",),
     "risen": ("risen",),  # the loss alone, once it has fallen far and risen for good; before, nothing can be said
 }
 FALLEN = 5.0  # times: a loss that fell less before it rose says nothing
-LIMITS = {"readout": 0.1, "lidar": 1.0, "rankme": 1.5}  # a signal beyond says no more
+LIMITS = {"readout": 0.1, "rankme": 1.5}  # a signal beyond says no more
 
 
 class Estimate(NamedTuple):
@@ -100,9 +99,7 @@ class Signals:
             self.share.add(step, share)
         if (untrained := number(record.get("readout/untrained"))) is not None:
             self.now["readout/untrained"] = untrained
-        held = {
-            key: positive(record.get(key)) for key in ("spread", "rankme", "rankme/context", "lidar", "lidar/context")
-        }
+        held = {key: positive(record.get(key)) for key in ("spread", "rankme", "rankme/context")}
         held |= {key: number(record.get(key)) for key in ("readout", "readout/context")}
         held["constant"] = loss / (1 - skill) if loss is not None and skill is not None and skill < 1 else None
         for key, value in {**held, "loss": loss}.items():
@@ -120,7 +117,6 @@ class Signals:
         found = {
             "readout": now - untrained if now is not None and untrained is not None else None,
             "skill": self.skill.mean,
-            "lidar": self._change(f"lidar{suffix}"),
             "rankme": self._change(f"rankme{suffix}"),
             "risen": 1.0 if self.risen else None,
         }
