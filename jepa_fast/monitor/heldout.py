@@ -21,8 +21,10 @@ CHUNK = 64  # inputs of one forward; statistics over inputs, where the targets n
 
 class Seen(NamedTuple):
     loss: Tensor  # float32 scalar, as JEPA.forward gives it
-    targets: Tensor  # float32 [B, N, D], what the loss compares with
-    context: Tensor  # float32 [Tc, D], features of the visible tokens, normalised like the targets
+    targets: Tensor  # float32 [B, N, D], what the loss compares with; of patches [B, N, P] if it predicts them
+    context: (
+        Tensor  # float32 [Tc, D], features of the visible tokens (or [Tc, P], the tokens), normalised like the targets
+    )
     centred: bool  # whether the targets have mean 0 at each position by construction
 
 
@@ -31,15 +33,16 @@ def objective(jepa: JEPA, inputs: Tensor, plan: MaskPlan) -> Seen:
     """JEPA.forward for inputs [B, ...] that are no part of the training."""
     patches = jepa.context_encoder.tokenizer(inputs)  # [B, N, P]
     target = jepa.target_encoder.encode(patches)  # [B, N, D]
-    statistics = jepa.targets.statistics_apart(target)
-    targets = jepa.targets(target, statistics)
+    wanted = patches if jepa.pixels else target
+    statistics = jepa.targets.statistics_apart(wanted)
+    targets = jepa.targets(wanted, statistics)
     visible = patches.flatten(0, 1).index_select(0, plan.context_rows)  # [Tc, P]
     context = jepa.context_encoder.encode_packed(
         visible, plan.context_index, plan.context_cu, plan.context_max
     )  # [Tc, D]
     hidden = targets.flatten(0, 1).index_select(0, plan.target_rows)  # [Tt, D]
     loss = (plan.target_weight * token_loss(jepa.predictor.packed(context, plan), hidden, jepa.loss)).sum()
-    alike = regress(context, jepa.target_norm, statistics, positions=plan.context_index)
+    alike = regress(visible if jepa.pixels else context, jepa.target_norm, statistics, positions=plan.context_index)
     return Seen(loss, targets, alike, centred_by_own(jepa.target_norm, statistics))
 
 
