@@ -17,6 +17,7 @@ from jepa_fast.config import Config, check, get, replace
 from jepa_fast.data.dataset import Dataset, open_dataset
 from jepa_fast.data.loading.loader import Loader
 from jepa_fast.data.opened import changes
+from jepa_fast.data.readers import ucr
 from jepa_fast.data.sources import fixed_draw
 from jepa_fast.ema import TargetEMA
 from jepa_fast.errors import UsageError
@@ -124,12 +125,12 @@ def _forwarded(config: Config, world: World) -> int:
 
 
 def _fitted(config: Config, dataset: Dataset) -> Config:
-    """The configuration with length and channels of a series taken from the data, where it leaves them open."""
+    """The configuration with length and channels of a series taken from the data: where it leaves them open, or names a set."""
     if config.data.kind != "series":
         return config
     for name, held in (("data.channels", dataset.shape[0]), ("data.series_length", dataset.shape[1])):
         asked = get(config, name)
-        if asked not in (0, held):
+        if asked not in (0, held) and not ucr.named(config.data.path):
             raise UsageError(
                 f"--{name} is {asked}, but {dataset.description.split(':')[0]} have {held}: give --{name} {held}"
             )

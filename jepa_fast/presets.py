@@ -21,7 +21,7 @@ def demo() -> Config:
     """
     return Config(
         preset="demo",
-        data=Data(kind="series", embedded="forda", channels=0, series_length=0, mean=(), std=()),
+        data=Data(kind="series", embedded="forda", channels=1, series_length=500, mean=(), std=()),
         masks=Masks(mode="random", ratio=0.7, num_targets=1, min_keep=1),
         model=Model(width=128, depth=2, heads=2, num_patches=10, predictor_width=128, predictor_depth=1),
         objective=Objective(loss="l2"),
@@ -42,11 +42,13 @@ def _constant_adamw(lr: float, weight_decay: float) -> Optim:
     )  # fmt: skip
 
 
-def _ts_jepa(name: str, path: str, epochs: float) -> Config:
-    """Length and channels are taken from the data."""
+def _ts_jepa(name: str, path: str, epochs: float, length: int = 500, channels: int = 1) -> Config:
+    """Of a set of the UCR archive length and channels are taken from the data, whatever they are here."""
     return Config(
         preset=name,
-        data=Data(kind="series", path=path, channels=0, series_length=0, mean=(), std=(), hint=_SERIES_HINT),
+        data=Data(
+            kind="series", path=path, channels=channels, series_length=length, mean=(), std=(), hint=_SERIES_HINT
+        ),
         masks=Masks(mode="random", ratio=0.7, num_targets=1, min_keep=1),
         model=Model(width=128, depth=1, heads=2, num_patches=10, predictor_width=128, predictor_depth=1),
         objective=Objective(loss="l1"),
@@ -86,7 +88,7 @@ def faultdetection_a() -> Config:
     Source: as `forda`. Majority class 45.5 %: read the balanced accuracy. Not in the wheel: set JEPA_FAST_UCR to the archive.
     Command: python -m jepa_fast.train faultdetection-a [--data.path FOLDER_WITH_train.pt]
     """
-    return _ts_jepa("faultdetection-a", "ucr:FaultDetectionA", 40)
+    return _ts_jepa("faultdetection-a", "ucr:FaultDetectionA", 40, 5120)
 
 
 def faultdetection_b() -> Config:
@@ -94,7 +96,7 @@ def faultdetection_b() -> Config:
 
     Source: as `faultdetection-a`. Command: python -m jepa_fast.train faultdetection-b [--data.path FOLDER_WITH_train.pt]
     """
-    return _ts_jepa("faultdetection-b", "ucr:FaultDetectionB", 40)
+    return _ts_jepa("faultdetection-b", "ucr:FaultDetectionB", 40, 5120)
 
 
 # ---- small images -------------------------------------------------------------------------------
@@ -192,7 +194,7 @@ def series() -> Config:
 
     Source: as `forda`; length and channels are taken from the file. Command: python -m jepa_fast.train series --data.path FILE
     """
-    return _ts_jepa("series", "", 100)
+    return _ts_jepa("series", "", 100, 0, 0)
 
 
 def cifar10_vitb() -> Config:
