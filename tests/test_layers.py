@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # The path of the data. A module may import those of its own line and of the lines above it. The longest name counts:
 # `data.shards` is a line of its own, `data` stands for what lies in the folder itself.
 STAGES = [
-    {"errors", "cores", "extension", "__version__"},
+    {"errors", "bounded", "pickles", "cores", "extension", "__version__"},
     {"config"},
     {"presets", "schedules", "log", "checkpoint"},
     {"masks"},

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -114,6 +115,8 @@ class Plan {
         for (const auto& [source, target, copy, count, source_type, target_type, copy_type, layer] : rows) {
             for (int type : {source_type, target_type, copy_type})
                 if (type < 0 || type > 2) throw std::invalid_argument("unknown element type");
+            if (count < 0 || count > std::numeric_limits<int64_t>::max() / 8 || (count && (!source || !target)))
+                throw std::invalid_argument("a tensor without memory");
             if (layer < 0 || layer >= layers) throw std::invalid_argument("layer number out of range");
             for (int64_t at = 0; at < count; at += kChunk) {
                 chunks_.push_back({reinterpret_cast<const char*>(source) + at * kWidth[source_type],

@@ -83,7 +83,7 @@ bool harmless(std::string_view records) {
         if (length <= digits + 1 || length > records.size()) return false;
         const std::string_view record = records.substr(digits + 1, length - digits - 2);
         const std::string_view key = record.substr(0, record.find('='));
-        if (key == "path" || key == "size" || key == "GNU.sparse.name") return false;
+        if (key == "path" || key == "size" || key.substr(0, 11) == "GNU.sparse.") return false;
         records.remove_prefix(length);
     }
     return true;

@@ -19,6 +19,7 @@ using Numbers = std::vector<int64_t>;
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
+constexpr int64_t kMost = int64_t{1} << 31;  // tokens of a grid, targets, tries: more would not fit into memory
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
 
 // splitmix64's finaliser (Steele, Lea, Flood 2014).
@@ -186,6 +187,11 @@ py::object draw_blocks(const Array<uint64_t>& keys, const Array<int64_t>& sizes,
                        std::array<int64_t, 2> within, int64_t num_targets, int64_t need, int64_t keep, int64_t tries) {
     if (sizes.ndim() != 2 || sizes.shape(0) != keys.size() || sizes.shape(1) != 4)
         throw std::invalid_argument("sizes must be [rows, 4]");
+    for (int axis = 0; axis < 2; ++axis)
+        if (within[axis] < 1 || within[axis] > grid[axis] || grid[axis] > kMost)
+            throw std::invalid_argument("blocks would leave the grid, or it is none");
+    if (grid[1] > kMost / grid[0] || num_targets > kMost || need > grid[0] * grid[1] || tries < 1 || tries > kMost)
+        throw std::invalid_argument("more tokens, targets or tries than there can be");
     if (within[0] > grid[0] || within[1] > grid[1] || num_targets < 1 || keep < 0 || keep > need)
         throw std::invalid_argument("blocks would leave the grid, or more tokens be kept than are needed");
     const int64_t* size = sizes.data();
@@ -199,6 +205,8 @@ py::object draw_blocks(const Array<uint64_t>& keys, const Array<int64_t>& sizes,
 }
 
 py::object draw_exact(const Array<uint64_t>& keys, int64_t num_tokens, int64_t hidden) {
+    if (num_tokens < 1 || num_tokens > kMost || hidden < 0 || hidden > num_tokens)
+        throw std::invalid_argument("more tokens are hidden than there are, or there are none");
     std::vector<uint8_t> mask(num_tokens);
     return each_key(keys, [&](Stream stream, int64_t, Drawn* out) {
         choose(&stream, num_tokens, hidden, [&](int64_t i, bool chosen) { mask[i] = chosen; });
@@ -209,6 +217,8 @@ py::object draw_exact(const Array<uint64_t>& keys, int64_t num_tokens, int64_t h
 
 py::object draw_bernoulli(const Array<uint64_t>& keys, int64_t num_tokens, uint64_t threshold, int64_t need,
                           int64_t tries) {
+    if (num_tokens < 1 || num_tokens > kMost || need < 0 || need > num_tokens || tries < 0 || tries > kMost)
+        throw std::invalid_argument("more tokens or tries than there can be");
     std::vector<uint8_t> mask(num_tokens);
     return each_key(keys, [&](Stream stream, int64_t, Drawn* out) {
         for (int64_t t = 0; t < tries; ++t) {

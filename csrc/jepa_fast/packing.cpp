@@ -1,6 +1,7 @@
 // Index rows of a mask plan: the arithmetic of `indices_by_numpy` in jepa_fast/masks/packing.py, outside Python's lock.
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 
 #include "module.h"
@@ -29,7 +30,16 @@ py::dict indices(const Numbers& context, const Numbers& context_lengths, const N
                  const Numbers& target_lengths, int64_t blocks, int64_t num_tokens) {
     const int64_t images = context_lengths.size(), tc = context.size(), tt = targets.size();
     const int64_t *in_context = context_lengths.data(), *in_target = target_lengths.data();
-    if (blocks < 1 || target_lengths.size() != images || total(context_lengths, tc) != tc ||
+    // Ends of sequences are int32: all that is counted below must fit.
+    constexpr int64_t most = std::numeric_limits<int32_t>::max();
+    if (blocks < 1 || blocks > most || images > most / blocks || tc > most / blocks || tt > most - blocks * tc ||
+        num_tokens < 0 || num_tokens > std::numeric_limits<int64_t>::max() / 2 / (images + 1))
+        throw std::invalid_argument("more tokens than one batch can hold");
+    for (const Numbers* tokens : {&context, &targets})
+        for (py::ssize_t i = 0; i < tokens->size(); ++i)
+            if (tokens->data()[i] < 0 || tokens->data()[i] >= num_tokens)
+                throw std::invalid_argument("a token lies outside its image");
+    if (target_lengths.size() != images || total(context_lengths, tc) != tc ||
         total(target_lengths, tt / blocks) * blocks != tt)
         throw std::invalid_argument("lengths do not add up to the tokens");
     auto context_rows = array<int64_t>(tc), target_rows = array<int64_t>(tt);

@@ -194,7 +194,7 @@ def _read_pt(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
         held = torch_file.load(file)
     except ValueError as error:
         raise UsageError(
-            f"{file} cannot be read: more than tensors and arrays is in it, or it is damaged ({error}); "
+            f"{file} cannot be read as .pt: more than tensors and arrays is in it, or it is damaged ({error}); "
             f"save it as {SAVED}, or copy it again"
         ) from None
     if not isinstance(held, dict) or "samples" not in held:

@@ -84,9 +84,12 @@ def _tensor(held: Record, storages: _Storages) -> Tensor:
     try:
         storage, offset, size, stride = held.args[:4]
         _, kind, name, _, _ = storage.args[0]
-        dtype = STORAGES[kind.name.rpartition(".")[2]]
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError):
+        type_name = kind.name.rpartition(".")[2]
+    except (TypeError, ValueError, AttributeError, IndexError):
         raise PickleError("a tensor of unknown layout") from None
+    dtype = STORAGES.get(type_name)
+    if dtype is None:
+        raise PickleError(f"a tensor of {type_name.removesuffix('Storage').lower()[:20]} numbers")
     data = storages.get(name)
     count = len(data) // dtype.itemsize
     whole = all(isinstance(t, tuple) and all(type(n) is int and n >= 0 for n in t) for t in (size, stride))
