@@ -15,7 +15,7 @@ from jepa_fast.errors import UsageError, one_line_errors, reading
 from jepa_fast.report import compare, coverage, paper
 from jepa_fast.report.figure import detail_figures, phase_figure, svg
 from jepa_fast.report.page import Section, comparison, page
-from jepa_fast.report.reading import left_out, read_log
+from jepa_fast.report.logs import left_out, read_log
 from jepa_fast.report.verdict import verdict
 
 __all__ = ["left_out", "main", "verdict", "write"]
