@@ -14,7 +14,7 @@ from jepa_fast.diagnose import weights
 from jepa_fast.diagnose.curves import Choice, Curve, curve
 from jepa_fast.diagnose.tables import KNOWN, Table, read
 from jepa_fast.errors import Arguments, UsageError, one_line_errors
-from jepa_fast.report.records import with_phase
+from jepa_fast.report.logs import with_phase
 
 __all__ = ["diagnose", "main"]
 

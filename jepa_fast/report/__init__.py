@@ -9,13 +9,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from jepa_fast import errors, rundir
+from jepa_fast import rundir
 from jepa_fast.config import Config
-from jepa_fast.errors import UsageError, one_line_errors
+from jepa_fast.errors import UsageError, one_line_errors, reading
 from jepa_fast.report import compare, coverage, paper
 from jepa_fast.report.figure import detail_figures, phase_figure, svg
+from jepa_fast.report.logs import left_out, read_log
 from jepa_fast.report.page import Section, comparison, page
-from jepa_fast.report.records import left_out, read_log
 from jepa_fast.report.verdict import verdict
 
 __all__ = ["left_out", "main", "verdict", "write"]
@@ -31,7 +31,7 @@ runs, figure-N.png and .svg."""
 
 def write(run_dir: Path) -> Path:
     """Write report.html, phase.png and phase.svg into the run folder; the path of the first. Raises UsageError."""
-    with errors.reading(run_dir, "a run"):  # not by its bare name: there is a module `reading` here
+    with reading(run_dir, "a run"):
         return _write(run_dir)
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from jepa_fast.monitor import phase
-from jepa_fast.report.records import Record, cannot_tell, looks
+from jepa_fast.report.logs import Record, cannot_tell, looks
 
 # kind: (what the legend calls it, colour of the figures, hatched)
 KINDS = {

@@ -10,7 +10,7 @@ import numpy as np
 
 from jepa_fast.errors import UsageError
 from jepa_fast.monitor import phase
-from jepa_fast.report.records import Record, cannot_tell, last_of, looks, read_log, values
+from jepa_fast.report.logs import Record, cannot_tell, last_of, looks, read_log, values
 
 # Differences of configuration that do not make another run.
 INCIDENTAL = ("run.", "log.", "checkpoint.", "parallel.", "data.workers", "monitor.", "preset")

@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from jepa_fast.monitor import phase
 from jepa_fast.report.bands import Band, bands, legend, shade
-from jepa_fast.report.records import Record, values
+from jepa_fast.report.logs import Record, values
 
 # name: (on paper, on a dark screen). Line colours are close to Okabe and Ito's, which colour-blind readers tell apart.
 COLOURS = {

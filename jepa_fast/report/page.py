@@ -8,7 +8,7 @@ from jepa_fast.config import Config, flatten
 from jepa_fast.data.readers.generated import SETS
 from jepa_fast.monitor.phase import PHASE
 from jepa_fast.report.figure import COLOURS
-from jepa_fast.report.records import Record, last_of, left_out, values
+from jepa_fast.report.logs import Record, last_of, left_out, values
 from jepa_fast.report.verdict import verdict
 
 CLAIMS = """<h2>What is measured beside what is claimed</h2>

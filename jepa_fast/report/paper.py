@@ -11,7 +11,7 @@ from jepa_fast.errors import UsageError
 from jepa_fast.report.bands import KINDS, bands, shade
 from jepa_fast.report.compare import Compared, order, smooth
 from jepa_fast.report.figure import LIGHT, SMALL, bare, label_ends, literal, log_axis, settle, svg, thinned
-from jepa_fast.report.records import last_of, looks, values
+from jepa_fast.report.logs import last_of, looks, values
 
 CAPTIONS = {
     1: "The collapse phase: training loss and linear probe of one run",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jepa_fast.monitor import phase
 from jepa_fast.report.bands import Band, bands
-from jepa_fast.report.records import Record, cannot_tell, last_of, looks, values, with_phase
+from jepa_fast.report.logs import Record, cannot_tell, last_of, looks, values, with_phase
 
 FRACTIONS = {"a tenth": 0.1, "a fifth": 0.2, "a quarter": 0.25, "a third": 1 / 3, "half": 0.5, "two thirds": 2 / 3,
              "three quarters": 0.75}  # fmt: skip
@@ -66,7 +66,7 @@ def _answer(events: Sequence[Record], looked: Sequence[phase.Look]) -> str:
         said = f"Collapse phase from step {found['step']:,} to {found['end']:,}, {length} of the run"
     falls = [e["step"] for e in turns if e["kind"] == "degraded"]
     if not useful:
-        return f"{said}; useful features after that, then lost again from step {falls[-1]:,}."
+        return f"{said}; the features were useful after that, and are not since step {falls[-1]:,}."
     more = (
         f", apart from {'a relapse' if len(falls) == 1 else f'{len(falls)} relapses'} from step {falls[0]:,}"
         if falls
@@ -78,18 +78,18 @@ def _answer(events: Sequence[Record], looked: Sequence[phase.Look]) -> str:
 def _probes(looked: Sequence[phase.Look], majority: list[tuple[int, float]]) -> str:
     last, best = looked[-1], max(looked, key=lambda look: look.probes[look.better])
     end, most = last.probes[last.better], best.probes[best.better]
-    at_best = f" (best {most:.3f}, step {best.step:,})" if most - end >= 0.001 else ""
+    at_best = f", best {most:.3f} at step {best.step:,}" if most - end >= 0.001 else ""
     common = f", majority class {majority[-1][1]:.3f}" if majority else ""
     return (
-        f"The better probe, of the {last.better} encoder, ends at {end:.3f}{at_best}; untrained {last.untrained:.3f}{common}; "
-        f"{last.margin:.3f} counts as a difference ({_tests(last)})."
+        f"The better probe ({last.better} encoder) ends at {end:.3f}{at_best}; untrained {last.untrained:.3f}{common}, "
+        f"margin {last.margin:.3f} ({_tests(last)})."
     )
 
 
 def _tests(look: phase.Look) -> str:
-    assumed = look.num_test is None
-    count = f"{phase.ASSUMED_TESTS:,} test samples, assumed" if assumed else f"{look.num_test:,.0f} test samples"
-    return f"two standard errors on {count}"
+    if look.num_test is None:
+        return f"{phase.ASSUMED_TESTS:,} test samples assumed"
+    return f"{look.num_test:,.0f} test samples"
 
 
 def _next(events: Sequence[Record], looked: Sequence[phase.Look]) -> str:
@@ -130,11 +130,8 @@ def _estimate(records: Sequence[Record], events: Sequence[Record]) -> list[str]:
     if not now:
         return [_by_the_loss(events)]
     answer = _likely(records, events, max(now.values()))
-    which = " and ".join(f"{p:.2f} (the {name} encoder's)" for name, p in now.items())
-    return [
-        answer,
-        f"The probability that features beat an untrained encoder's is {which}: an estimate, as no probe says it.",
-    ]
+    which = ", ".join(f"{p:.2f} for the {name} encoder" for name, p in now.items())
+    return [answer, f"Estimated without labels, the probability that features beat an untrained encoder's is {which}."]
 
 
 def _likely(records: Sequence[Record], events: Sequence[Record], p: float) -> str:
@@ -187,21 +184,17 @@ def _loss_and_skill(records: Sequence[Record], events: Sequence[Record], curve: 
     if called is not None:
         low = min(levels, key=lambda level: abs(level.step - called["step"]))
     fell, rose = curve[0][1] / math.exp(low.log), math.exp(levels[-1].log - low.log)
-    after = (
-        f", then rose {rose:.1f}x; that minimum says nothing of the features"
-        if called
-        else ", which says nothing of the features"
-    )
+    after = f" and rose {rose:.1f}x since" if called else ""
     drop = last_of("late_drop", events)
-    sudden = f"; at step {drop['step']:,} it fell suddenly, which can be a partial collapse" if drop else ""
-    said = f"The loss fell {fell:.{0 if fell >= 10 else 1}f}x up to step {low.step:,}{after}{sudden}"
+    sudden = f" (suddenly down at step {drop['step']:,}: perhaps a partial collapse)" if drop else ""
+    said = f"The loss fell {fell:.{0 if fell >= 10 else 1}f}x up to step {low.step:,}{after}{sudden}, which says nothing about the features"
     skill, error = values(records, "skill/smooth"), values(records, "skill/error")
     if not skill:
         return f"{said}."
     wide = 2 * error[-1][1] if error else math.inf
     better = "better" if skill[-1][1] > wide else "no better"
     between = f" ± {wide:.2f}" if wide < math.inf else ""
-    return f"{said}; the predictor's skill is {skill[-1][1]:.2f}{between}, {better} than a trivial predictor's 0."
+    return f"{said}; the predictor is {better} than a trivial one (skill {skill[-1][1]:.2f}{between})."
 
 
 def _lost(records: Sequence[Record], curve: list[tuple[int, float]]) -> int | None:
