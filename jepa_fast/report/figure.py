@@ -263,8 +263,8 @@ def _spread(ax: Axes, ends: list[Text]) -> None:
     for i in reversed(range(len(at))):
         at[i] = min(at[i], at[i + 1] - gap if i + 1 < len(at) else 1.0)
     for y, text in zip(at, ends, strict=True):
-        text.xy = (1.015, y)  # type: ignore[attr-defined]
-        text.xycoords = "axes fraction"  # type: ignore[attr-defined]
+        text.anncoords = "axes fraction"  # type: ignore[attr-defined]
+        text.set_position((1.015, y))
         text.set_fontsize(size)
 
 
