@@ -119,7 +119,11 @@ def test_a_spike_between_two_records_is_recorded(monkeypatch):
     def forward(self, inputs, plan):
         output = real(self, inputs, plan)
         seen["steps"] += 1
-        return output._replace(loss=output.loss * 50) if seen["steps"] == 23 else output
+        return (
+            output._replace(loss=output.loss * 50, prediction_loss=output.prediction_loss * 50)
+            if seen["steps"] == 23
+            else output
+        )
 
     monkeypatch.setattr(run.JEPA, "forward", forward)
     assert go("--run.dir", "x", "--train.steps", "24", "--monitor.every", "50", "--optim.lr", "1e-6") == 0

@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 
 from jepa_fast.data.readers.series import SeriesFile
+from jepa_fast.data.sample import TRUSTED
 from jepa_fast.errors import UsageError
 
 NOISE = 1e-3  # of a series' standard deviation: what padding varies by
@@ -33,7 +34,7 @@ def regular(
         longest = max(int(_ends(p.samples).max(initial=0)) for p in held.values())
         short = int((ends < longest).sum())
         gappy = sum(not np.isfinite(x[:, :end]).all() for x, end in zip(part.samples[readable], ends, strict=True))
-        allowed = max_bad_share * len(part.samples)
+        allowed = min(max_bad_share * max(len(part.samples), TRUSTED), len(readable) - 1)
         if short > allowed and lengths == "refuse":
             least = int(ends.min())
             raise UsageError(

@@ -90,7 +90,7 @@ class Signals:
     def add(self, step: int, record: Record) -> None:
         self.looked = False
         minima = [event for event in self.shape.add(step, record) if event.kind == "loss_minimum"]
-        if minima and self.start["loss"] >= FALLEN * self.lowest:
+        if minima and self.start["loss"] >= FALLEN * self.lowest > 0:
             self.risen = True
         skill, loss, share = (number(record.get(key)) for key in ("skill", "loss", "position_share"))
         if skill is not None:
@@ -106,7 +106,7 @@ class Signals:
             if value is not None:
                 self.start.setdefault(key, value)
                 self.now[key] = value
-                if key == "loss":
+                if key == "loss" and value > 0:
                     self.lowest = min(self.lowest, value)
                 self.looked |= key.startswith(("readout", "rankme"))
 
