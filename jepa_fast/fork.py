@@ -225,20 +225,19 @@ def branch(fork: Fork, name: str, seed: int, base: Path, trainer: Trainer) -> Pa
             (folder / file).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         held = base / "checkpoints" / f"step-{fork.step}"
         once = {k: v for k, v in fork.branches[name].items() if (k, v) in (("target", "sync"), ("noise", "drift"))}
-        if once:
-            _rewrite(held, folder, config, once, fork.step)
-        else:
-            shutil.copytree(held, folder / "checkpoints" / held.name)
+        _rewrite(held, folder, config, once, fork.step)
     trainer.train(fork.config.preset, folder)
     return folder
 
 
 def _rewrite(held: Path, folder: Path, config: Config, once: dict[str, str], step: int) -> None:
-    """The checkpoint with the target encoder changed, in `folder`."""
+    """The checkpoint as one of the branch's configuration, with its target encoder changed if asked, in `folder`."""
     jepa = JEPA(config)
     state, everything = checkpoint.read_state(held), tensors(jepa, optim.build(jepa, config.optim))
     checkpoint.restore(held, everything, None, str(held))
-    move_target(jepa, once, config.train.seed)
+    if once:
+        move_target(jepa, once, config.train.seed)
+    state["config"] = to_json(replace(config, {"run.dir": str(folder)}))
     writer = checkpoint.Writer(folder, keep=0)
     writer.save(step, everything, state)
     writer.finish()
