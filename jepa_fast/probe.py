@@ -45,7 +45,11 @@ def load(folder: Path, step: int | None = None) -> tuple[Config, dict[str, nn.Mo
     if at and step is not None:
         raise UsageError(f"--step {step}: {at} is one checkpoint already; give the run folder {folder}")
     if (at is None and not have) or (step is not None and step not in have):
-        raise UsageError(f"{folder} has no checkpoint{f' of step {step}' if have else ''}; there is {have or 'none'}")
+        if not have:
+            raise UsageError(
+                f"{folder} has no checkpoint: give the folder of a run of this trainer, or one of its checkpoints"
+            )
+        raise UsageError(f"{folder} has no checkpoint of step {step}; there is {have}")
     path = at or folder / "checkpoints" / f"step-{have[-1] if step is None else step}"
     state = checkpoint.load(path)
     config = configuration(state.get("config"), f"the configuration in {path}")

@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from jepa_fast.monitor import phase
 from jepa_fast.report.bands import Band, bands, legend, shade
@@ -41,7 +41,7 @@ PANELS: tuple[Panel, ...] = (
         ("probe/context", "context encoder", "blue", "-"), ("probe/target", "target encoder", "orange", "-"),
         ("probe/untrained", "untrained", "muted", "--"), ("probe/majority", "majority class", "muted", ":"))),
     ("Predictor's skill: at 0 no better than a trivial predictor", 0.9, "skill", (("skill/smooth", "skill", "ink", "-"),)),
-    ("Probability that features beat an untrained encoder's, without labels", 0.9, "probability", (
+    ("Probability of useful features, estimated without labels", 0.9, "probability", (
         ("phase/useful/context", "context encoder", "blue", "-"), ("phase/useful/target", "target encoder", "orange", "-"))),
     ("Discrepancy C of the two encoders", 1.1, "log", (
         ("discrepancy/visible", "visible tokens", "green", "-"), ("discrepancy/full", "whole inputs", "blue", "-"),
@@ -189,7 +189,7 @@ def log_axis(ax: Axes) -> None:
 
 def thinned(points: list[tuple[int, float]], scale: str) -> list[tuple[int, float]]:
     """What can be drawn of a line, and seen."""
-    points = [(s, v) for s, v in points if v > 0 or scale == "linear"]
+    points = [(s, v) for s, v in points if v > 0 or scale != "log"]
     return points[:: math.ceil(len(points) / MOST_POINTS) or 1] + points[-1:]
 
 
@@ -210,7 +210,7 @@ def _draw(ax: Axes, scale: str, lines: tuple[Line, ...], records: list[Record]) 
         lowest = min((v for key, *_ in lines for _, v in values(records, key)), default=0.0)
         ax.set_ylim(max(low, min(lowest - 0.05, -0.05)) if scale == "skill" else low, high)
         ax.axhline(line, color=LIGHT["muted"], linewidth=0.9, linestyle="--")
-        ax.yaxis.set_major_locator(MaxNLocator(4))
+        ax.set_yticks([tick for tick in (-1.0, -0.5, 0.0, 0.5, 1.0) if ax.get_ylim()[0] <= tick])
     label_ends(ax, ends)
 
 

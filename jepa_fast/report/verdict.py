@@ -131,7 +131,8 @@ def _estimate(records: Sequence[Record], events: Sequence[Record]) -> list[str]:
         return [_by_the_loss(events)]
     answer = _likely(records, events, max(now.values()))
     which = ", ".join(f"{p:.2f} for the {name} encoder" for name, p in now.items())
-    return [answer, f"Estimated without labels, the probability that features beat an untrained encoder's is {which}."]
+    source = "without labels" if _has_signals(records) else "from the loss alone"
+    return [answer, f"Estimated {source}, the probability that features beat an untrained encoder's is {which}."]
 
 
 def _likely(records: Sequence[Record], events: Sequence[Record], p: float) -> str:
@@ -148,7 +149,8 @@ def _likely(records: Sequence[Record], events: Sequence[Record], p: float) -> st
         return f"Not yet in the collapse phase: the loss has not halved up to step {states[-1][0]:,}."
     said = _stretch(found)
     if state == "escape":
-        return f"{said or 'The loss has halved'}; features perhaps useful since step {since:,} (probability {p:.2f})."
+        perhaps = f"{said}; perhaps" if said else "Perhaps"
+        return f"{perhaps} useful features since step {since:,} (probability {p:.2f})."
     return f"{said or 'Probably no collapse phase'}; {_probably(p).lower()} useful features since step {since:,} (probability {p:.2f})."
 
 
@@ -170,9 +172,14 @@ def _by_the_loss(events: Sequence[Record]) -> str:
 
 
 def _next_without_labels(records: Sequence[Record]) -> str:
-    if any("skill" in record or "readout" in record for record in records):
+    if _has_signals(records):
         return "Next: a probe on labelled data would settle it."
     return "Next: log the predictor's skill and the readout (three lines with CollapseMonitor), or a probe on labelled data."
+
+
+def _has_signals(records: Sequence[Record]) -> bool:
+    """Whether the log holds more than a loss."""
+    return any(key in record for record in records for key in ("skill", "readout", "rankme"))
 
 
 # ---- loss and skill ---------------------------------------------------------------------------------
