@@ -249,10 +249,10 @@ def close(run: Run) -> None:
         print(sentence(event))
     if skipped := report.left_out(run.log.events):
         print(skipped)
+    again = f"python -m jepa_fast.report {run.folder} writes it"
     try:
-        print(f"report: {report.write(run.folder)}", flush=True)
+        print(f"report: {report.write(run.folder) if run.config.log.report else again}", flush=True)
     except OSError as error:
-        again = f"python -m jepa_fast.report {run.folder} writes it"
         raise UsageError(f"the run is complete, its report is not written: {error.strerror}; {again}") from None
     if run.lock:
         run.lock.close()

@@ -90,6 +90,12 @@ def test_a_run_leaves_metrics_checkpoints_and_a_report(capsys):
     assert "runs/demo-1/report.html" in out and "left" in out and "samples/s" in out
 
 
+def test_a_run_without_a_report_says_how_to_write_one(capsys):
+    assert go("--run.dir", "x", "--log.report", "False") == 0
+    assert "python -m jepa_fast.report x writes it" in capsys.readouterr().out
+    assert not Path("x/report.html").exists() and not list(Path("x").glob("*.png"))
+
+
 def test_every_key_a_run_writes_is_defined_and_every_defined_key_is_written():
     go()
     written = set().union(*read(Path("runs/demo-1/metrics.jsonl")))

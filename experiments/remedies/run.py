@@ -64,7 +64,7 @@ class Cell(NamedTuple):
     def arguments(self, folder: Path) -> list[str]:
         fields: dict[str, Any] = {
             "run.dir": folder, "parallel.threads": 1, "train.seed": self.seed, "monitor.every": LOOK, "checkpoint.every": 0,
-            "monitor.lidar_views": 0, "log.every": 10,
+            "monitor.lidar_views": 0, "log.every": 10, "log.report": False,
         }  # fmt: skip
         if self.data in IMAGES:
             preset, fields["train.steps"] = self.data, IMAGES[self.data]
@@ -107,15 +107,15 @@ def looks(records: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def end_of_phase(found: list[dict[str, float]]) -> int | None:
-    """The first of two consecutive looks at which the better encoder is above the untrained one by two standard errors."""
+    """The first of two consecutive looks at which the better encoder is above the untrained one by the margin."""
     useful = [max(a["context"], a["target"]) >= a["untrained"] + margin(a) for a in found]
     return next((int(found[i]["step"]) for i in range(len(found) - 1) if useful[i] and useful[i + 1]), None)
 
 
 def margin(look: dict[str, float]) -> float:
-    """2 sqrt(p (1 - p) / m); above 0, so that equal is not better."""
+    """Two standard errors of the difference, 2 sqrt(2 p (1 - p) / m); above 0, so that equal is not better."""
     p, m = look["untrained"], look["tests"]
-    return max(2 * math.sqrt(p * (1 - p) / m), 1e-9)
+    return max(2 * math.sqrt(2 * p * (1 - p) / m), 1e-9)
 
 
 def outcome(records: list[dict[str, Any]]) -> dict[str, Any]:

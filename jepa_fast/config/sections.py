@@ -291,6 +291,8 @@ class Log:
     """Steps between records of metrics.jsonl."""
     tensorboard: bool = False
     """Also write records as TensorBoard events (needs the package tensorboard)."""
+    report: bool = True
+    """Write report.html and its figures at the end; `python -m jepa_fast.report FOLDER` writes them later."""
 
 
 @dataclass(frozen=True)
