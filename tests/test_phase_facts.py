@@ -30,7 +30,7 @@ def test_the_phase_lasts_from_half_the_loss_to_the_first_useful_look():
     found = events["collapse_phase"]
     assert (found.step, found.end, found.length, events["useful"].step) == (10, 40, 30, 40)
     assert found.depth == pytest.approx(0.0) and found.loss_factor == pytest.approx(10)
-    assert found.share == pytest.approx(30 / 50)
+    assert found.share == pytest.approx(30 / 60)  # of the whole run, not of the steps up to its end
     assert "context encoder" in events["useful"].evidence[0]
 
 
@@ -57,6 +57,16 @@ def test_features_that_are_useful_before_the_loss_has_halved_have_no_phase():
 
 def test_useful_features_that_are_lost_for_two_looks_are_degraded():
     assert ("degraded", 40, None) in kinds(run([0.5, 0.5, 0.7, 0.7, 0.5, 0.5]))
+
+
+def test_an_untrained_encoder_below_the_majority_class_is_no_easier_to_beat():
+    by_chance = [r | {"probe/untrained": 0.47} for r in run([0.5, 0.5, 0.52, 0.53, 0.7, 0.7])]
+    (found,) = [e for e in detect(by_chance) if e.kind == "collapse_phase"]
+    assert (found.step, found.end) == (10, 40) and found.depth == 0
+    (event,) = [e for e in detect(by_chance) if e.kind == "useful"]
+    assert "majority class 0.500 (untrained 0.470" in " ".join(event.evidence)
+    without = [{k: v for k, v in r.items() if k != "probe/majority"} for r in by_chance]
+    assert [e.end for e in detect(without) if e.kind == "collapse_phase"] == [20]
 
 
 def test_the_loss_alone_or_a_loss_that_never_halves_begins_no_phase():

@@ -272,9 +272,9 @@ class CollapseMonitor:
         return self.log.events if self.log else []
 
     def close(self) -> list[Record]:
-        """Close the files. Returns all phase events; of a phase that lasts, as it stands now."""
+        """Close the files. Returns all phase events; a collapse phase with its share of the whole run."""
         if self.log:
-            for event in self._detector.open_phase():
+            for event in self._detector.phase_so_far():
                 self.log.event(event.kind, event.step, **event.entry())
             self.log.close()
         return phase.latest([e for e in self.events if "evidence" in e])

@@ -25,11 +25,11 @@ __all__ = [
 def detect(records: Iterable[dict[str, Any]]) -> list[Event]:
     """All events of a run so far, in the order they were called. Records need `step`; any other key may be missing.
 
-    A collapse phase is one event: with its end, or as it stands at the last record.
+    A collapse phase is one event, as it stands at the last record: with its end or without, and its share of the run so far.
     """
     detector = Detector()
     events = [event for record in records for event in detector.add(record)]
-    ends = {event.step: event for event in (*events, *detector.open_phase()) if event.kind == PHASE}
+    ends = {event.step: event for event in (*events, *detector.phase_so_far()) if event.kind == PHASE}
     kept = [event for event in events if event.kind != PHASE]
     return sorted([*kept, *ends.values()], key=lambda event: (event.called_at, event.step, event.kind))
 
@@ -71,6 +71,6 @@ class Detector:
             said |= {"skill/smooth": mean} | ({"skill/error": error} if math.isfinite(error) else {})
         return said
 
-    def open_phase(self) -> list[Event]:
-        """The collapse phase that lasts, as it stands now; or nothing."""
-        return self.assessor.facts.unfinished(int(self.assessor.last)) if self.assessment else []
+    def phase_so_far(self) -> list[Event]:
+        """The collapse phase as it stands now, one event; or nothing."""
+        return self.assessor.facts.so_far(int(self.assessor.last)) if self.assessment else []

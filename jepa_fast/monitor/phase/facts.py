@@ -2,11 +2,14 @@
 
 Section 4.1: "the reconstruction objective improves, yet the learned representations perform no better than random
 features". Here the first half of the sentence is "the loss has fallen to half of its start", and the second "the better
-encoder's probe is not above the untrained encoder's by two standard errors of the difference".
+encoder's probe is not above the untrained encoder's by two standard errors of the difference". An untrained encoder whose
+probe is below the majority class has that by chance: features are then compared with the majority class, or any probe at
+chance would pass for useful (FordA with seed 1: untrained .498, majority .516).
 """
 
 import math
 from collections import deque
+from dataclasses import replace
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -19,14 +22,14 @@ LOOKS = 2  # in a row that must agree
 ASSUMED_TESTS = 1320  # test samples of a log that does not say how many; FordA's
 
 
-def probe_margin(untrained: float, num_test: float | None) -> float:
-    """The accuracy that counts as a difference: two standard errors of the difference of two accuracies near `untrained`.
+def probe_margin(reference: float, num_test: float | None) -> float:
+    """The accuracy that counts as a difference: two standard errors of the difference of two accuracies near `reference`.
 
     2 sqrt(2 p (1 - p) / m) with m test samples; p is moved towards one half by two samples of each kind (Agresti and Coull),
     so that an accuracy of 0 or 1 on a few samples is not taken as certain. About .039 on FordA, .7 on four samples.
     """
     m = num_test if num_test and num_test >= 1 else ASSUMED_TESTS
-    p = (untrained * m + 2) / (m + 4)
+    p = (reference * m + 2) / (m + 4)
     return 2 * math.sqrt(2 * p * (1 - p) / m)
 
 
@@ -34,9 +37,10 @@ class Look(NamedTuple):
     """What the probes of one record say."""
 
     step: int
-    gaps: dict[str, float]  # encoder -> its accuracy less the untrained encoder's
+    gaps: dict[str, float]  # encoder -> its accuracy less the reference
     probes: dict[str, float]
     untrained: float
+    reference: float  # the untrained encoder's accuracy, or the majority class where that is higher
     margin: float
     num_test: float | None  # test samples; None where the log does not say
 
@@ -58,9 +62,10 @@ def look_of(record: Record) -> Look | None:
     step = number(record.get("step"))
     if untrained is None or step is None or not probes or failed:
         return None
-    gaps = {name: p - untrained for name, p in probes.items()}
+    reference = max(untrained, number(record.get("probe/majority")) or 0.0)
+    gaps = {name: p - reference for name, p in probes.items()}
     num_test = number(record.get("probe/num_test"))
-    return Look(int(step), gaps, probes, untrained, probe_margin(untrained, num_test), num_test)
+    return Look(int(step), gaps, probes, untrained, reference, probe_margin(reference, num_test), num_test)
 
 
 class Halved:
@@ -98,7 +103,8 @@ class Facts:
         self.useful: bool | None = None  # as two looks in a row had it; None before the first look
         self.begun: int | None = None  # step of the phase
         self.over = False  # the phase, or the chance of one
-        self.worst = 0.0  # gap of the better encoder inside the phase
+        self.ended: Event | None = None  # the phase, with its end
+        self.worst = 0.0  # the better encoder's probe less the untrained encoder's inside the phase, where below 0
         self.row: list[Look] = []  # looks that contradict `useful`
 
     def add(self, step: int, record: Record) -> list[Event]:
@@ -115,7 +121,7 @@ class Facts:
         if self.useful is None:
             self.useful = False  # until two looks say otherwise
         if self.begun is not None and not self.over:
-            self.worst = min(self.worst, look.gaps[look.better])
+            self.worst = min(self.worst, look.probes[look.better] - look.untrained)
         if look.useful == self.useful:
             self.row = []
             return []
@@ -129,22 +135,30 @@ class Facts:
         if not look.useful or self.over:
             return [event]
         self.over = True
-        return [event] if self.begun is None else [self._phase(look.step, first.step), event]
+        if self.begun is None:
+            return [event]
+        self.ended = self._phase(look.step, first.step)
+        return [self.ended, event]
 
-    def unfinished(self, now: int) -> list[Event]:
-        """The phase as it stands at step `now`, if it has begun and lasts."""
-        return [self._phase(now, None)] if self.begun is not None and not self.over else []
+    def so_far(self, now: int) -> list[Event]:
+        """The phase as it stands at step `now`, with its share of the run up to there; nothing before it has begun."""
+        if self.ended is not None:
+            return [replace(self.ended, share=_share(self.ended.length, now))]
+        return [] if self.begun is None else [self._phase(now, None)]
 
     def _phase(self, now: int, end: int | None) -> Event:
         assert self.begun is not None
         last = now if end is None else end
         length = max(0, last - self.begun)
-        share = length / now if now else 0.0
         began = f"the loss had fallen to half of its start ({self.loss.start:.3g}) at step {self.begun}, features not useful"
         ended = f"useful from step {end}, {length} steps later" if end is not None else "not useful up to here"
-        fell = f"the loss fell {self.loss.factor:.1f}x, the better probe {100 * -self.worst:.1f} points below the untrained encoder's at most"
-        return Event(PHASE, self.begun, now, 0.95, (began, ended, fell), end, length, round(share, 4), round(abs(self.worst), 4),
+        fell = f"the loss fell {self.loss.factor:.1f}x, the better probe {100 * abs(self.worst):.1f} points below the untrained encoder's at most"
+        return Event(PHASE, self.begun, now, 0.95, (began, ended, fell), end, length, _share(length, now), round(abs(self.worst), 4),
                      round(self.loss.factor, 3))  # fmt: skip
+
+
+def _share(length: int | None, now: int) -> float:
+    return round((length or 0) / now, 4) if now else 0.0
 
 
 def _sure(first: Look, second: Look) -> float:
@@ -160,9 +174,15 @@ def _said(first: Look, second: Look) -> tuple[str, ...]:
     verb = "beat" if second.useful else "no longer beat"
     return (
         f"features of {who if second.useful else 'either encoder'} {verb} the untrained encoder's",
-        f"{name} probe {second.probes[name]:.3f} at step {second.step}, untrained {second.untrained:.3f} ({second.gaps[name]:+.3f}, margin {second.margin:.3f})",
+        f"{name} probe {second.probes[name]:.3f} at step {second.step}, {_against(second)} ({second.gaps[name]:+.3f}, margin {second.margin:.3f})",
         f"{LOOKS} looks in a row, from step {first.step}",
     )
+
+
+def _against(look: Look) -> str:
+    if look.reference > look.untrained:
+        return f"majority class {look.reference:.3f} (untrained {look.untrained:.3f}, below it by chance)"
+    return f"untrained {look.untrained:.3f}"
 
 
 def latest(events: list[Record]) -> list[Record]:
