@@ -1,7 +1,8 @@
-"""Errors that are the user's to mend: printed as one line, exit code 2, no traceback."""
+"""Errors that are the user's to fix: printed as one line, exit code 2, no traceback."""
 
 import argparse
 import functools
+import io
 import os
 import struct
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UsageError(ValueError):
@@ -67,14 +68,52 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
+class Outlet:
+    """A stream of text that goes quiet when nobody reads it any more, so that the program goes on.
+
+    `| head` has closed the pipe, the terminal is gone, the disk of a redirected output is full: a run of days does not end by
+    it, what matters is in its files. Characters that the stream's encoding lacks are written as escapes.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        self._do(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._do(self._stream.flush)
+
+    def _do(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except (OSError, ValueError):  # ValueError: closed
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            try:
+                # What the buffer still holds must go somewhere, or the interpreter complains at its end.
+                os.dup2(quiet, self._stream.fileno())
+            except (OSError, ValueError):
+                self._stream = io.StringIO()
+            finally:
+                os.close(quiet)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a command's main: a UsageError becomes one line on stderr and exit status 2.
+    """Wrap a command's main: a UsageError becomes one line on stderr and exit status 2; see `Outlet` for what it prints.
 
     JEPA_FAST_DEBUG=1 keeps the traceback.
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
+        before = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (Outlet(stream) for stream in before)
         try:
             return main(*args, **kwargs) or 0
         except UsageError as error:
@@ -82,5 +121,9 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
                 traceback.print_exc()
             print(f"error: {error}", file=sys.stderr)
             return 2
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = before
 
     return wrapped

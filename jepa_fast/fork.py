@@ -178,14 +178,14 @@ class Trainer:
         """Start or continue the run in `folder`, whose config.json is there. Raises UsageError with its last line."""
         command = [sys.executable, "-m", "jepa_fast.train", preset, "--run.dir", str(folder), "--resume", "auto"]
         command += ["--parallel.threads", str(self.threads)]
-        with folder.with_name(folder.name + ".log").open("w") as out:
+        with folder.with_name(folder.name + ".log").open("w", encoding="utf-8") as out:
             environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
             self.running.add(process)
             status = process.wait()
             self.running.discard(process)
         if status:
-            said = folder.with_name(folder.name + ".log").read_text().strip().splitlines()
+            said = folder.with_name(folder.name + ".log").read_text(encoding="utf-8").strip().splitlines()
             raise UsageError(f"{folder.name}: {said[-1] if said else f'exit status {status}'}")
 
     def stop(self) -> None:
@@ -208,7 +208,7 @@ def control(fork: Fork, seed: int, trainer: Trainer) -> Path:
 
 def _write_config(config: Config, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(to_json(replace(config, {"run.dir": str(folder)})))
+    (folder / "config.json").write_text(to_json(replace(config, {"run.dir": str(folder)})), encoding="utf-8")
 
 
 def branch(fork: Fork, name: str, seed: int, base: Path, trainer: Trainer) -> Path:
@@ -222,7 +222,7 @@ def branch(fork: Fork, name: str, seed: int, base: Path, trainer: Trainer) -> Pa
         _write_config(config, folder)
         for file, when in (("metrics.jsonl", ("step",)), ("events.jsonl", ("step", "called_at"))):
             entries = [e for e in log.read(base / file) if max(e.get(key) or 0 for key in when) < fork.step]
-            (folder / file).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+            (folder / file).write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
         held = base / "checkpoints" / f"step-{fork.step}"
         once = {k: v for k, v in fork.branches[name].items() if (k, v) in (("target", "sync"), ("noise", "drift"))}
         _rewrite(held, folder, config, once, fork.step)
@@ -332,7 +332,7 @@ def as_text(table: list[dict[str, Any]]) -> str:
 def conclude(fork: Fork, found: dict[str, list[Path]]) -> str:
     """Write fork.csv and the comparison page of the first seed's runs; the table as text."""
     table = rows(found, fork.step)
-    with (fork.folder / "fork.csv").open("w", newline="") as stream:
+    with (fork.folder / "fork.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(table[0]))
         writer.writeheader()
         writer.writerows(table)

@@ -47,8 +47,8 @@ class RunLog:
         if folder is not None:
             self.records = _truncate(folder / "metrics.jsonl", resume_step)
             self.events = _truncate(folder / "events.jsonl", resume_step)
-            self._metrics = (folder / "metrics.jsonl").open("a")
-            self._events = (folder / "events.jsonl").open("a")
+            self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._events = (folder / "events.jsonl").open("a", encoding="utf-8")
 
     def record(self, record: dict[str, Any]) -> None:
         self.records.append(record)
@@ -141,7 +141,7 @@ def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
     kept = [r for r in read(path) if r.get("called_at", r.get("step", 0)) < step or r.get("kind") in LASTING]
     beside = path.with_name(f".{path.name}.partial")
     with _told(path):
-        beside.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         beside.rename(path)
     return kept
 

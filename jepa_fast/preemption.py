@@ -185,7 +185,7 @@ def note_error(folder: Path, world: World, clock: Clock, error: BaseException) -
         "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exception(error),
     }  # fmt: skip
     try:
-        with (folder / f"errors-rank{world.rank}.jsonl").open("a") as file:
+        with (folder / f"errors-rank{world.rank}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     except OSError:
         return  # the error itself is about to be told

@@ -170,7 +170,7 @@ def _earlier(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     with reading(file, "the record of earlier probes"):
-        held = json.loads(file.read_text())
+        held = json.loads(file.read_text(encoding="utf-8"))
         if not all(isinstance(entry, dict) and {"checkpoint", "data"} <= entry.keys() for entry in held):
             raise ValueError("no list of probes; move it away")
         return held
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     beside = folder / ".probe.json.partial"
     earlier = _earlier(folder / "probe.json")
     kept = [e for e in earlier if (e["checkpoint"], e["data"]) != (found["checkpoint"], found["data"])]
-    beside.write_text(json.dumps([*kept, found], indent=1) + "\n")
+    beside.write_text(json.dumps([*kept, found], indent=1) + "\n", encoding="utf-8")
     beside.rename(folder / "probe.json")
     return 0
 

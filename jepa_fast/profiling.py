@@ -27,7 +27,9 @@ def profiled(steps: Iterable[T], config: Profile, folder: Path, world: World) ->
         trace.export_chrome_trace(str(place / f"rank{world.rank}.json"))
         if world.is_main:
             by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-            (place / "kernels.txt").write_text(trace.key_averages().table(sort_by=by, row_limit=30) + "\n")
+            (place / "kernels.txt").write_text(
+                trace.key_averages().table(sort_by=by, row_limit=30) + "\n", encoding="utf-8"
+            )
 
     plan = schedule(wait=0, warmup=WARMUP, active=config.steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as trace:

@@ -83,7 +83,7 @@ def claim(config: Config, folder: Path, new: bool) -> IO[str]:
         checkpoint.sweep(folder)
         partial = folder / PARTIAL
         try:
-            partial.write_text(to_json(replace(config, {"run.dir": str(folder)})))
+            partial.write_text(to_json(replace(config, {"run.dir": str(folder)})), encoding="utf-8")
             partial.rename(folder / "config.json")
         except OSError:  # a full disk: leave nothing half written behind
             partial.unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def job() -> str:
 
 
 def _lock(folder: Path) -> IO[str]:
-    file = (folder / LOCK).open("a+")
+    file = (folder / LOCK).open("a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -123,7 +123,7 @@ def _lock(folder: Path) -> IO[str]:
 
 def _refuse_used(folder: Path) -> None:
     try:
-        with (folder / LOCK).open("r+") as file:
+        with (folder / LOCK).open("r+", encoding="utf-8") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise _in_use(folder) from None
@@ -139,7 +139,7 @@ def _in_use(folder: Path) -> UsageError:
 
 def _holder(folder: Path) -> dict:
     try:
-        return json.loads((folder / LOCK).read_text())
+        return json.loads((folder / LOCK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

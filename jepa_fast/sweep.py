@@ -116,14 +116,14 @@ def execute(plan: Plan) -> dict[str, str]:
             sys.executable, "-m", "jepa_fast.train", plan.preset, "--parallel.threads", str(threads), *plan.fixed,
             *arguments, "--run.dir", str(folder), "--resume", "auto",
         ]  # fmt: skip
-        with (plan.folder / f"{name}.log").open("w") as out:
+        with (plan.folder / f"{name}.log").open("w", encoding="utf-8") as out:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
             running.add(process)
             status = process.wait()
             running.discard(process)
         if status:
-            said = (plan.folder / f"{name}.log").read_text().strip().splitlines()
+            said = (plan.folder / f"{name}.log").read_text(encoding="utf-8").strip().splitlines()
             failed[name] = said[-1] if said else f"exit status {status}"
         records = log.read(folder / "metrics.jsonl")
         last = f"step {records[-1]['step']}, loss {records[-1].get('loss')}" if records else "no record"
@@ -156,12 +156,12 @@ def _claim(plan: Plan) -> None:
     file = plan.folder / "sweep.json"
     mine = {"preset": plan.preset, "axes": list(plan.axes), "fixed": plan.fixed}
     if file.exists():
-        held = json.loads(file.read_text())
+        held = json.loads(file.read_text(encoding="utf-8"))
         if held != mine:
             raise UsageError(f"{plan.folder} holds another sweep ({held['preset']} over {', '.join(held['axes'])}): give another --dir")  # fmt: skip
     elif any(plan.folder.iterdir()):
         raise UsageError(f"{plan.folder} exists, is not empty and holds no sweep: give another --dir")
-    file.write_text(json.dumps(mine, indent=1) + "\n")
+    file.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
 
 
 def conclude(plan: Plan) -> str:
@@ -170,13 +170,13 @@ def conclude(plan: Plan) -> str:
     rows = compare.summary(runs)
     if not rows:
         return "no run has written a record"
-    with (plan.folder / "sweep.csv").open("w", newline="") as stream:
+    with (plan.folder / "sweep.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     figure = paper.write(5, runs, plan.folder / "figure-5")
     claims = compare.claims(runs)
-    (plan.folder / "claims.md").write_text("\n".join(f"- {line}" for line in claims) + "\n")
+    (plan.folder / "claims.md").write_text("\n".join(f"- {line}" for line in claims) + "\n", encoding="utf-8")
     return "\n".join([compare.as_text(rows), "", *claims, "", f"figure: {figure}, table: {plan.folder / 'sweep.csv'}"])
 
 

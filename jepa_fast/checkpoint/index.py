@@ -57,12 +57,12 @@ def write(index: Index, folder: Path) -> None:
         }
         for name, entry in index.items()
     }
-    (folder / NAME).write_text(json.dumps({"format": FORMAT, "tensors": tensors}) + "\n")
+    (folder / NAME).write_text(json.dumps({"format": FORMAT, "tensors": tensors}) + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> Index:
     """The checked index of checkpoints/step-N. Raises OSError, ValueError."""
-    held = json.loads((folder / NAME).read_text())
+    held = json.loads((folder / NAME).read_text(encoding="utf-8"))
     if not isinstance(held, dict) or held.get("format") != FORMAT:
         raise ValueError(f"{NAME} is not of the format {FORMAT!r}")
     try:

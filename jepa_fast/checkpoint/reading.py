@@ -31,7 +31,7 @@ def found(folder: Path) -> list[int]:
 def verify(path: Path) -> None:
     """Raises UsageError, naming the file, if checkpoints/step-N is not what was written."""
     try:
-        files = json.loads((path / "meta.json").read_text())["files"]
+        files = json.loads((path / "meta.json").read_text(encoding="utf-8"))["files"]
         old = legacy.is_old(path)
         for name in (legacy.NAME, legacy.STATE) if old else (index.NAME, small.NAME):
             if name not in files:

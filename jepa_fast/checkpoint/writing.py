@@ -111,7 +111,9 @@ class Writer:
         """Everything on the disk, then the name, then the mark, and only then the old ones away."""
         partial, final = self.root / f".{name}.partial", self.root / name
         files = {f.name: {"bytes": f.stat().st_size, "sha256": digest(f)} for f in sorted(partial.iterdir())}
-        (partial / "meta.json").write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n")
+        (partial / "meta.json").write_text(
+            json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8"
+        )
         for file in partial.iterdir():
             sync(file)
         sync(partial)
@@ -143,6 +145,6 @@ def sweep(folder: Path) -> None:
 
 def _write_atomically(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     sync(beside)
     beside.rename(path)

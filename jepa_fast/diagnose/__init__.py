@@ -148,7 +148,7 @@ def _write(folder: Path, records: list[dict[str, Any]], events: list[dict[str, A
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, lines in (("metrics.jsonl", records), ("events.jsonl", events)):
-            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise UsageError(
             f"cannot write to --out {folder} ({error.strerror}); choose a folder that can be written"

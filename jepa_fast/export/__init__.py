@@ -71,8 +71,8 @@ def export(
             if callable(content):
                 content(beside / name)
             else:
-                (beside / name).write_text(json.dumps(content, indent=2) + "\n")
-        (beside / "README.md").write_text(card(found, run_folder, format))
+                (beside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (beside / "README.md").write_text(card(found, run_folder, format), encoding="utf-8")
         if folder.exists():
             folder.rmdir()
         beside.rename(folder)

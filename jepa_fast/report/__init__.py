@@ -49,8 +49,10 @@ def _write(run_dir: Path) -> Path:
     sections += _masks(config)
     try:
         figure.savefig(run_dir / "phase.png", dpi=160)
-        (run_dir / "phase.svg").write_text(drawing)
-        file.write_text(page(run_dir.resolve().name, records, events, drawing, sections, config, trouble))
+        (run_dir / "phase.svg").write_text(drawing, encoding="utf-8")
+        file.write_text(
+            page(run_dir.resolve().name, records, events, drawing, sections, config, trouble), encoding="utf-8"
+        )
     except OSError as error:
         raise UsageError(f"cannot write the report to {run_dir} ({error.strerror}); make it writable") from None
     return file
@@ -70,8 +72,8 @@ def write_comparison(folders: list[Path], out: Path) -> Path:
     paper.write(several, runs, out / "comparison")
     title = "Runs compared" + (f" over {', '.join(runs[0].fields)}" if runs[0].fields else "")
     file = out / "comparison.html"
-    drawing = (out / "comparison.svg").read_text()
-    file.write_text(comparison(title, drawing, compare.summary(runs), compare.claims(runs)))
+    drawing = (out / "comparison.svg").read_text(encoding="utf-8")
+    file.write_text(comparison(title, drawing, compare.summary(runs), compare.claims(runs)), encoding="utf-8")
     return file
 
 

@@ -45,7 +45,7 @@ def read_run(folder: Path, fields: list[str]) -> Compared:
 def _settings(file: Path) -> dict[str, Any]:
     """The fields of a config.json under their names, as they stand: pictures do not ask for this version's."""
     try:
-        raw = json.loads(file.read_text())
+        raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     sections = {k: v for k, v in raw.items() if isinstance(v, dict)} if isinstance(raw, dict) else {}

@@ -45,7 +45,7 @@ def write(number: int, runs: Sequence[Compared], stem: Path) -> Path:
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         drawn.savefig(stem.with_name(stem.name + ".png"), dpi=160)
-        stem.with_name(stem.name + ".svg").write_text(drawing)
+        stem.with_name(stem.name + ".svg").write_text(drawing, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {stem}.png ({error.strerror}); give another --out") from None
     return stem.with_name(stem.name + ".png")

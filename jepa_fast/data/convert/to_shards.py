@@ -99,14 +99,14 @@ def _claim(folder: Path, material: Material, options: Options) -> None:
     file = folder / PLAN
     try:
         if file.is_file():
-            if json.loads(file.read_text()) != plan:
+            if json.loads(file.read_text(encoding="utf-8")) != plan:
                 raise UsageError(f"{folder} holds shards of other data or options; give another folder, or delete it")
             return
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{folder} exists and is not empty; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{PLAN}.{os.getpid()}.partial"
-        partial.write_text(json.dumps(plan))
+        partial.write_text(json.dumps(plan), encoding="utf-8")
         partial.rename(file)
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}; choose a folder that can be written") from None
@@ -120,7 +120,7 @@ def _claim(folder: Path, material: Material, options: Options) -> None:
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock. Raises UsageError if another process does."""
     try:
-        file = (folder / ".lock").open("a")
+        file = (folder / ".lock").open("a", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}; choose a folder that can be written") from None
     with file:
@@ -138,7 +138,7 @@ def _known(folder: Path) -> dict[str, dict]:
     known = {}
     for note in folder.glob(".*.done"):
         try:
-            entry = json.loads(note.read_text())
+            entry = json.loads(note.read_text(encoding="utf-8"))
             shard = folder / note.name[1 : -len(".done")]
             if not entry["samples"] or shard.stat().st_size == entry["bytes"]:
                 known[shard.name] = entry
@@ -171,7 +171,7 @@ def _write(task: _Task, material: Material, folder: Path) -> dict:
             partial.replace(file)
         else:
             partial.unlink()
-        (folder / f".{task.filename}.done").write_text(json.dumps(entry))
+        (folder / f".{task.filename}.done").write_text(json.dumps(entry), encoding="utf-8")
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UsageError(

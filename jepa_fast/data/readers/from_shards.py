@@ -226,7 +226,7 @@ def _filtered(sources: list[Source], held: list[Shards], label_filter: str) -> l
 def wanted(part: Shards, label_filter: str) -> np.ndarray:
     """Numbers of the samples whose class is listed, a number or a wnid a word, in the file. Raises UsageError."""
     try:
-        listed = Path(label_filter).read_text().split()
+        listed = Path(label_filter).read_text(encoding="utf-8").split()
     except OSError as error:
         raise UsageError(
             f"--data.label_filter {label_filter}: {error.strerror}; give a file with one class a line"

@@ -113,7 +113,7 @@ def wheel() -> Path | None:
 
 @cache
 def facts() -> dict[str, Facts]:
-    with (Path(__file__).parent / "ucr_sets.csv").open(newline="") as file:
+    with (Path(__file__).parent / "ucr_sets.csv").open(newline="", encoding="utf-8") as file:
         return {
             row["name"]: Facts(
                 int(row["train"]), int(row["test"]), int(row["length"]), row["sha256_train"], row["sha256_test"]

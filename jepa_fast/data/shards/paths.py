@@ -37,7 +37,7 @@ def entries(path: str) -> list[str]:
             found.append(entry)
             continue
         try:
-            lines = [line.partition("#")[0].strip() for line in Path(entry).read_text().splitlines()]
+            lines = [line.partition("#")[0].strip() for line in Path(entry).read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             said = "is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
             raise UsageError(f"--data.path {entry}: {said}; give a file with one shard or pattern a line") from None
@@ -236,7 +236,9 @@ def _info(folder: Path) -> dict[str, Split]:
                 [folder / f for f in split["filenames"]],
                 [int(n) for n in split["shard_lengths"]] if "shard_lengths" in split else None,
             )
-            for name, split in json.loads(file.read_text()).get("splits", {}).items()  # without: another program's
+            for name, split in json.loads(file.read_text(encoding="utf-8"))
+            .get("splits", {})
+            .items()  # without: another program's
         }
     except (ValueError, KeyError, TypeError, AttributeError, OSError, OverflowError, RecursionError) as error:
         raise UsageError(

@@ -65,5 +65,5 @@ def write_info(folder: Path, lengths: Mapping[str, Mapping[str, int]], **more: o
         for split, shards in lengths.items()
     }
     partial = folder / "._info.json.partial"
-    partial.write_text(json.dumps({"splits": splits, **more}, indent=1) + "\n")
+    partial.write_text(json.dumps({"splits": splits, **more}, indent=1) + "\n", encoding="utf-8")
     partial.rename(folder / "_info.json")

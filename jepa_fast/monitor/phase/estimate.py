@@ -187,7 +187,7 @@ def probability(tier: str, signals: dict[str, float | None]) -> float:
 
 @cache
 def weights() -> dict[str, dict[str, float]]:
-    return json.loads((Path(__file__).parent / "weights.json").read_text())
+    return json.loads((Path(__file__).parent / "weights.json").read_text(encoding="utf-8"))
 
 
 def _reason(name: str, p: float | None, signals: dict[str, float | None], held: Signals) -> str:
