@@ -207,10 +207,13 @@ def test_columns_that_bear_our_names_are_taken_as_ours(there):
     ]
 
 
-def test_printed_epoch_losses_of_issue_41_are_a_log_too(there):
+@pytest.mark.parametrize(
+    "prefix", ["INFO:root:", "[INFO    ][2024-02-14 12:00:00][main                     ] ", "{main} ", ""]
+)
+def test_printed_epoch_losses_of_issue_41_are_a_log_too(there, prefix):
     losses = (0.028, 0.005, 0.005, 0.006, 0.008, 0.012, 0.015)
     (there / "out.log").write_text(
-        "".join(f"INFO:root:Epoch {e}\nINFO:root:[{e},     0] loss: {v:.3f} masks: 68.8 44.1\nINFO:root:avg. loss {v:.3f}\n"
+        "".join(f"{prefix}Epoch {e}\n{prefix}[{e},     0] loss: {v:.3f} masks: 68.8 44.1\n{prefix}avg. loss {v:.3f}\n"
                 for e, v in enumerate(losses, 1))
     )  # fmt: skip
     assert [r["loss"] for r in of("out.log").records] == list(losses)

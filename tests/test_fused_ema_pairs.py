@@ -1,5 +1,7 @@
 """FusedEMA pairs tensors by name, once a storage, and refuses what does not pair before anything is written."""
 
+import copy
+
 import pytest
 import torch
 from test_fused_ema_module import move, network
@@ -52,6 +54,40 @@ def test_replaced_parameters_are_found_again():
 def test_wrapped_models_pair_with_plain_ones():
     model = network()
     FusedEMA(torch.compile(model), target=network()).update()
+
+
+def test_a_replaced_submodule_is_averaged_from_the_next_update_on():
+    model = network()
+    ema = FusedEMA(model, decay=0.5)
+    before, model[0] = ema.module[0].weight.clone(), copy.deepcopy(model[0])
+    with torch.no_grad():
+        model[0].weight += 1
+    ema.update()
+    assert torch.allclose(ema.module[0].weight, before + 0.5)
+    model[0] = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"0.weight"):
+        ema.update()
+
+
+def test_a_parameter_that_is_added_later_is_not_left_out_silently():
+    model = network()
+    ema = FusedEMA(model, decay=0.5)
+    model[0].register_parameter("scale", nn.Parameter(torch.ones(2)))
+    with pytest.raises(ValueError, match=r"'0.scale' is in the model and not in the target"):
+        ema.update()
+
+
+@pytest.mark.parametrize("saved_by_compiled", [True, False])
+def test_a_state_loads_with_and_without_torch_compile(saved_by_compiled):
+    plain, compiled = network(), torch.compile(network(), backend="eager")
+    saved, loaded = (compiled, plain) if saved_by_compiled else (plain, compiled)
+    state = FusedEMA(saved).state_dict()
+    assert not any("_orig_mod" in name for name in state["module"])
+    ema = FusedEMA(loaded)
+    ema.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(ema.module.parameters(), saved.parameters(), strict=True))
+    old = {"module": {f"_orig_mod.{name}": value for name, value in state["module"].items()}, "num_updates": 0}
+    ema.load_state_dict(old)  # as versions before wrote it
 
 
 def test_ddp_pairs_with_a_plain_target_and_is_copied_without_its_wrapper(one_process):

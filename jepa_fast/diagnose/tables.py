@@ -58,10 +58,9 @@ def _read_file(path: Path) -> Table:
     text = data.replace(b"\0", b"").decode("utf-8-sig", errors="replace")
     if not text.strip():
         raise UsageError(f"{path} is empty; give a log with a column of losses")
-    if text.lstrip()[0] in "{[":
-        if (table := _read_json(text)) and table.rows:
-            return table
-    elif re.search(r"loss: \d|avg\. loss \d", text) and (table := _read_text(text)).rows:
+    if text.lstrip()[0] in "{[" and (table := _read_json(text)) and table.rows:
+        return table
+    if re.search(r"loss: \d|avg\. loss \d", text) and (table := _read_text(text)).rows:
         return table
     table = _read_csv(text)
     if not table.rows and len(text.strip().splitlines()) == 1 and _delimiter(text) in text:

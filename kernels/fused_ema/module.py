@@ -15,6 +15,7 @@ from fused_ema.frozen import frozen_copy
 from fused_ema.op import LayerStats, ema_distances, ema_update_, local
 from fused_ema.pairs import (
     Pair,
+    built_of,
     check_alike,
     check_apart,
     check_model,
@@ -23,6 +24,7 @@ from fused_ema.pairs import (
     pair_modules,
     part,
     part_alike,
+    plain_name,
 )
 from fused_ema.sharding import fsdp_modules, reshard, sum_over_shards
 from fused_ema.spectral import SpectralDrift
@@ -46,7 +48,7 @@ class FusedEMA:
     mirror: a module of the same names that holds the average too, rounded to its own dtype: filled at once, then written in
     the same pass.
     device: where a copy is kept; "cpu" holds it in (pinned) host memory and stages the weights over.
-    Tied parameters are updated once. Raises ValueError or TypeError, naming the parameter or buffer, where names, shapes,
+    Tied parameters are updated once. A submodule that is replaced later is averaged from the next update on. Raises ValueError or TypeError, naming the parameter or buffer, where names, shapes,
     dtypes or shards do not pair up, and for what is sparse, nested, complex or on the meta device.
     """
 
@@ -75,24 +77,30 @@ class FusedEMA:
         self.module = frozen_copy(model, device) if target is None else target
         self.stats: LayerStats | None = None
         """Of the last update: one entry per name, on the device. Sums of this rank's shards, under FSDP2."""
+        self._buffers, self._mirror_module = buffers, mirror
         self._fsdp = fsdp_modules(model, self.module, *([mirror] if mirror is not None else []))
+        self._pair()
+        self._staging = Staging()
+        self.spectral = SpectralDrift()
+        self._fill_mirror()
+
+    def _pair(self) -> None:
+        """Pair the tensors of the modules as they are built now."""
         reshard(self._fsdp)
-        pairs = pair_modules(model, self.module, buffers != "ignore")
-        self._averaged, self._copied = part(pairs, buffers == "ema")  # parameters first
+        with_buffers, mirror = self._buffers != "ignore", self._mirror_module
+        pairs = pair_modules(self.model, self.module, with_buffers)
+        self._averaged, self._copied = part(pairs, self._buffers == "ema")  # parameters first
         self.names = [pair.name for pair in self._averaged if pair.kind == "parameter"]
         self._labels = [str(pair) for pair in self._averaged]
         self._mirror: list[Pair] = []  # averaged module to mirror, for each averaged pair; and for the copied ones
         self._mirrored: list[Pair] = []
         if mirror is not None:
             self._mirror, self._mirrored = part_alike(
-                pair_modules(self.module, mirror, buffers != "ignore", MIRROR),
-                self._averaged, self._copied,
-            )  # fmt: skip
+                pair_modules(self.module, mirror, with_buffers, MIRROR), self._averaged, self._copied
+            )
         check_apart(pairs, self._mirror + self._mirrored)
         self._held: list[Tensor] = []  # what is copied, as last checked
-        self._staging = Staging()
-        self.spectral = SpectralDrift()
-        self._fill_mirror()
+        self._built = built_of([self.model, self.module, *([mirror] if mirror is not None else [])])
 
     @torch.no_grad()
     def _fill_mirror(self) -> None:
@@ -114,6 +122,8 @@ class FusedEMA:
         if decay is None:
             decay = self.decay(self.num_updates) if callable(self.decay) else self.decay
         reshard(self._fsdp)
+        if not self._built.holds():  # a submodule was replaced, wrapped, added or removed
+            self._pair()
         self._check_copied()
         targets, sources = self._operands()
         device = targets[0].device if targets else torch.device("cpu")
@@ -226,13 +236,19 @@ class FusedEMA:
                 _write(locals_in(p.source for p in pairs), own)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged module and the number of updates; nothing of the trained model."""
-        return {"module": self.module.state_dict(), "num_updates": self.num_updates}
+        """The averaged module and the number of updates; nothing of the trained model. Wrappers do not count in names."""
+        module = {plain_name(name): value for name, value in self.module.state_dict().items()}
+        return {"module": module, "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises KeyError or RuntimeError on a state that does not fit."""
+        """Of a model that was wrapped otherwise (torch.compile, checkpointing), too.
+
+        Raises KeyError or RuntimeError on a state that does not fit.
+        """
         num_updates = int(state["num_updates"])
-        self.module.load_state_dict(state["module"])
+        own = {plain_name(name): name for name in self.module.state_dict()}
+        given = ((plain_name(name), value) for name, value in state["module"].items())
+        self.module.load_state_dict({own.get(name, name): value for name, value in given})
         self.num_updates, self.stats = num_updates, None
         reshard(self._fsdp)
         self._fill_mirror()

@@ -1,7 +1,7 @@
 """Which tensor of one module is averaged into which of the other: by name, every storage once."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -66,6 +66,33 @@ def _owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
         if child is not None:
             wraps = key in _WRAPPED or (key == "module" and isinstance(module, DistributedDataParallel | DataParallel))
             yield from _owners(child, prefix if wraps else f"{prefix}{key}.")
+
+
+def plain_name(name: str) -> str:
+    """A name of a state dict without what torch.compile and activation checkpointing put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+class Built(NamedTuple):
+    """How modules were put together when they were paired: their children, and how many parameters and buffers they had."""
+
+    children: Sequence[tuple[Mapping[str, nn.Module | None], tuple[nn.Module | None, ...]]]
+    tables: list[Mapping[str, Any]]  # _parameters and _buffers
+    tensors: int
+
+    def holds(self) -> bool:
+        """Whether they still are. Cheap: it runs before every update."""
+        for table, held in self.children:
+            if tuple(table.values()) != held:
+                return False
+        return sum(map(len, self.tables)) == self.tensors
+
+
+def built_of(modules: Iterable[nn.Module]) -> Built:
+    owners = [owner for module in modules for _, owner in _owners(module)]
+    children = [(owner._modules, tuple(owner._modules.values())) for owner in owners if owner._modules]
+    tables: list[Mapping[str, Any]] = [table for owner in owners for table in (owner._parameters, owner._buffers)]
+    return Built(children, tables, sum(map(len, tables)))
 
 
 Roles = tuple[str, str]  # what errors call the two modules
