@@ -92,6 +92,7 @@ def train(run: Run) -> None:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
+    parallel.launched()
     command = cli.parse(sys.argv[1:] if argv is None else argv)
     if command.action != "train":
         print(cli.answer(command))

@@ -241,7 +241,7 @@ class Parallel:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing: what blocks compute again in the backward, for memory: all but products and attention, or all."""
     threads: int = 0
-    """CPU threads of one process. 0: the machine's cores shared out over its processes."""
+    """CPU threads of one process. 0: OMP_NUM_THREADS, or the cores that it may use, shared out over the machine's processes."""
     start_timeout: float = 1800.0
     """Seconds that processes wait for one another up to the end of the first step: opening data, compiling."""
     timeout: float = 300.0

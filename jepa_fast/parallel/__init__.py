@@ -1,9 +1,10 @@
 """How many devices there are, and what follows. Only these files know.
 
-`world` joins the processes and lets them agree on values; `memory` works out what fits and chooses the mode; `wrap`
+`launch` says who started this process; `world` joins the processes and lets them agree on values; `memory` works out what fits and chooses the mode; `wrap`
 builds the model and cuts it up.
 """
 
+from jepa_fast.parallel.launch import launched
 from jepa_fast.parallel.memory import Choice, choose, dry_run
 from jepa_fast.parallel.world import (
     World,
@@ -23,5 +24,5 @@ from jepa_fast.parallel.wrap import accumulating, build, distribute, full, gathe
 
 __all__ = [
     "Choice", "World", "accumulating", "average", "barrier", "build", "choose", "distribute", "dry_run", "full", "gather", "gathered", "here",
-    "join", "lead", "leave", "mean", "precision", "refusal", "roots", "same_everywhere", "settle", "shorten_timeouts",
+    "join", "launched", "lead", "leave", "mean", "precision", "refusal", "roots", "same_everywhere", "settle", "shorten_timeouts",
 ]  # fmt: skip

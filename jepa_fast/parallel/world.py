@@ -50,7 +50,7 @@ def join(config: Config) -> World:
     if cuda:
         torch.cuda.set_device(local)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    torch.set_num_threads(config.parallel.threads or max(1, cores.usable() // local_size))
+    torch.set_num_threads(config.parallel.threads or cores.threads(local_size))
     if config.train.deterministic:
         _be_deterministic()
     if size == 1 and config.parallel.mode in ("auto", "single"):
