@@ -130,7 +130,7 @@ def _estimate(records: Sequence[Record], events: Sequence[Record]) -> list[str]:
     if not now:
         return [_by_the_loss(events)]
     answer = _likely(records, events, max(now.values()))
-    which = ", ".join(f"{p:.2f} for the {name} encoder" for name, p in now.items())
+    which = ", ".join(f"{_shown(p)} for the {name} encoder" for name, p in now.items())
     source = "without labels" if _has_signals(records) else "from the loss alone"
     return [answer, f"Estimated {source}, the probability that features beat an untrained encoder's is {which}."]
 
@@ -142,22 +142,27 @@ def _likely(records: Sequence[Record], events: Sequence[Record], p: float) -> st
     since = next((step for step, _ in states if not others or step > others[-1]), states[0][0])
     found = [band for band in bands(records, events) if band.kind == "probably collapse"]
     if state == "collapse":
-        return f"{_probably(1 - p)} in the collapse phase since step {found[-1].start if found else since:,} (probability {1 - p:.2f})."
+        return f"{_probably(1 - p)} in the collapse phase since step {found[-1].start if found else since:,} (probability {_shown(1 - p)})."
     if state == "degraded":
-        return f"{_probably(1 - p)} useful features that were lost again from step {since:,} (probability {1 - p:.2f})."
+        return f"{_probably(1 - p)} useful features that were lost again from step {since:,} (probability {_shown(1 - p)})."
     if state == "warmup":
         return f"Not yet in the collapse phase: the loss has not halved up to step {states[-1][0]:,}."
     said = _stretch(found)
     if state == "escape":
         perhaps = f"{said}; perhaps" if said else "Perhaps"
-        return f"{perhaps} useful features since step {since:,} (probability {p:.2f})."
-    return f"{said or 'Probably no collapse phase'}; {_probably(p).lower()} useful features since step {since:,} (probability {p:.2f})."
+        return f"{perhaps} useful features since step {since:,} (probability {_shown(p)})."
+    return f"{said or 'Probably no collapse phase'}; {_probably(p).lower()} useful features since step {since:,} (probability {_shown(p)})."
 
 
 def _stretch(found: Sequence[Band]) -> str:
     if not found:
         return ""
     return f"Probably a collapse phase from step {found[0].start:,} to {found[-1].stop:,}"
+
+
+def _shown(p: float) -> str:
+    """Two digits, and never certainty: the model is not that good."""
+    return f"{min(max(p, 0.01), 0.99):.2f}"
 
 
 def _probably(p: float) -> str:

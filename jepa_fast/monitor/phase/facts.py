@@ -17,7 +17,7 @@ from jepa_fast.monitor.phase.curves import PHASE, Event, number, positive
 
 Record = dict[str, Any]
 HALF = 0.5  # of the first loss
-SMOOTH = 3  # records whose median must be there
+SMOOTH = 3  # records whose median must be there, so that one lucky batch is not enough
 LOOKS = 2  # in a row that must agree
 ASSUMED_TESTS = 1320  # test samples of a log that does not say how many; FordA's
 
@@ -69,13 +69,13 @@ def look_of(record: Record) -> Look | None:
 
 
 class Halved:
-    """The first record at which the loss has fallen to half of its start: median of three records."""
+    """The first record at which the loss has fallen to half of its start, once the median of three records has."""
 
     def __init__(self) -> None:
         self.start: float | None = None
         self.at: int | None = None
         self.lowest = math.inf
-        self._recent: deque[float] = deque(maxlen=SMOOTH)
+        self._recent: deque[tuple[int, float]] = deque(maxlen=SMOOTH)
 
     def add(self, step: int, record: Record) -> None:
         loss = positive(record.get("loss"))
@@ -84,10 +84,11 @@ class Halved:
         if self.start is None:
             self.start = loss
             return
-        self._recent.append(loss)
-        self.lowest = min(self.lowest, median(self._recent))
-        if self.at is None and median(self._recent) <= HALF * self.start:
-            self.at = step
+        self._recent.append((step, loss))
+        smooth = median(value for _, value in self._recent)
+        self.lowest = min(self.lowest, smooth)
+        if self.at is None and smooth <= HALF * self.start:
+            self.at = next(when for when, value in self._recent if value <= HALF * self.start)
 
     @property
     def factor(self) -> float:
@@ -135,6 +136,8 @@ class Facts:
         if not look.useful or self.over:
             return [event]
         self.over = True
+        if self.begun is None and self.loss.at is not None and self.loss.at < first.step:
+            self.begun = self.loss.at  # between the look before and this one
         if self.begun is None:
             return [event]
         self.ended = self._phase(look.step, first.step)
