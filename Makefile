@@ -32,8 +32,9 @@ docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 # The trainer on the CUDA build of torch and a device that does nothing: an environment of its own, 6 GB, no GPU.
+# make gpuless CASES=b16-eager-sm90 runs one case.
 gpuless: .gpuless/null/libcuda.so.1
-	bash tools/nullgpu/run.sh .gpuless/null .gpuless/venv/bin/python -m benchmarks.gpuless
+	bash tools/nullgpu/run.sh .gpuless/null .gpuless/venv/bin/python -m benchmarks.gpuless $(CASES)
 
 .gpuless/null/libcuda.so.1: .gpuless/venv/installed $(wildcard tools/nullgpu/*)
 	bash tools/nullgpu/build.sh "$$(echo .gpuless/venv/lib/python3*/site-packages)" .gpuless/null
