@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN := .venv/bin/python
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
-.PHONY: demo demo-images test lint bench report docs clean
+.PHONY: demo demo-images test lint bench report docs gpuless clean
 
 demo: .venv/installed .venv/real-data
 	$(RUN) -m jepa_fast.train
@@ -30,6 +30,22 @@ report: .venv/installed
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+# The trainer on the CUDA build of torch and a device that does nothing: an environment of its own, 6 GB, no GPU.
+# make gpuless CASES=b16-eager-sm90 runs one case.
+gpuless: .gpuless/null/libcuda.so.1
+	bash tools/nullgpu/run.sh .gpuless/null .gpuless/venv/bin/python -m benchmarks.gpuless $(CASES)
+
+.gpuless/null/libcuda.so.1: .gpuless/venv/installed $(wildcard tools/nullgpu/*)
+	bash tools/nullgpu/build.sh "$$(echo .gpuless/venv/lib/python3*/site-packages)" .gpuless/null
+
+.gpuless/venv/installed: $(INPUTS)
+	@mkdir -p .gpuless
+	grep -vE '^(torch|triton)==' constraints.txt > .gpuless/constraints.txt
+	"$(PYTHON)" -m venv .gpuless/venv
+	.gpuless/venv/bin/python -m pip install -q --disable-pip-version-check -c .gpuless/constraints.txt torch==2.14.1
+	.gpuless/venv/bin/python -m pip install -q --disable-pip-version-check -c .gpuless/constraints.txt -e .
+	@touch $@
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no python3 found; install CPython 3.11 or newer, or run make PYTHON=/path/to/python3"; exit 2; }
@@ -67,4 +83,4 @@ docs: .venv/installed-docs
 	@touch $@
 
 clean:
-	rm -rf .venv build site *.egg-info *.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .gpuless build site *.egg-info *.so .pytest_cache .mypy_cache .ruff_cache
