@@ -29,8 +29,9 @@ from torch import Tensor
 from benchmarks.harness import Bench, Call, Case, arguments, peak_memory
 from benchmarks.one_step import OneStep
 from jepa_fast.model.jepa import Output
-from jepa_fast.monitor import CollapseMonitor, discrepancy
+from jepa_fast.monitor import CollapseMonitor
 from jepa_fast.monitor.examination import Examination
+from jepa_fast.monitor.measures import discrepancy
 from jepa_fast.monitor.probes import ProbeSet
 
 SHAPES = {  # name: (preset, images a step on CPU, on CUDA, probe images on CPU (too slow for most), on CUDA)

@@ -32,7 +32,7 @@ from jepa_fast.interop import Pretrained, load_encoder
 from jepa_fast.model.jepa import initialise
 from jepa_fast.model.vit import Encoder
 from jepa_fast.monitor import probes
-from jepa_fast.monitor.spectrum import lidar, rankme
+from jepa_fast.monitor.measures.spectrum import lidar, rankme
 from jepa_fast.trivial import PredictorSkill, predictor_skill
 
 __all__ = [

@@ -18,9 +18,9 @@ from jepa_fast.data.sources import fixed_draw
 from jepa_fast.errors import UsageError
 from jepa_fast.interop import load_jepa, load_official
 from jepa_fast.model.jepa import JEPA
-from jepa_fast.monitor import skill
 from jepa_fast.monitor.fixed_masks import FixedMasks
 from jepa_fast.monitor.heldout import objective
+from jepa_fast.monitor.measures import skill
 
 NAMES = {
     "constant": "the constant of each position",

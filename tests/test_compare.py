@@ -76,6 +76,21 @@ def test_long_names_leave_the_curves_their_room(tmp_path):
     assert len(set(labels)) == 4 and labels[3] == "short"
 
 
+def test_a_run_is_measured(tmp_path):
+    measured = compare.measure(compare.read_run(write(tmp_path / "a", {}, lag=2.0), []))
+    assert 300 <= measured["at step"] <= 500 and measured["untrained"] == 0.6
+    assert (measured["phase begins"], measured["phase ends"]) == (80, 600)
+    assert measured["share of run"] == pytest.approx(0.52)
+    assert measured["best probe"] == measured["final probe"] == 0.7
+    assert measured["C early"] == measured["drift early"] == 2.0
+
+
+def test_a_phase_that_lasts_has_no_end_and_its_share_is_up_to_the_last_step(tmp_path):
+    measured = compare.measure(compare.read_run(write(tmp_path / "a", {}, target=lambda s: 0.6), []))
+    assert measured["phase begins"] == 80 and measured["phase ends"] != measured["phase ends"]
+    assert measured["share of run"] == pytest.approx(0.92)
+
+
 # ---- claims ---------------------------------------------------------------------------------------
 
 
@@ -141,7 +156,7 @@ def test_several_runs_have_a_page(tmp_path):
     page = report.write_comparison(folders, tmp_path / "out")
     checker = checked(page)
     words = " ".join(checker.words)
-    assert "Corollary 4.3" in words or "ema.decay" in words
+    assert "Corollary 4.3" in words and "ema.decay" in words and "final probe" in words and "phase ends" in words
     assert not [link for link in checker.links if not link.startswith(("#", "data:"))]
 
 

@@ -10,8 +10,9 @@ from sklearn.linear_model import Ridge
 
 from jepa_fast.config import replace
 from jepa_fast.model.jepa import JEPA
-from jepa_fast.monitor import Examination, bound, discrepancy, probes, spectrum
+from jepa_fast.monitor import Examination, probes
 from jepa_fast.monitor.fixed_masks import FixedMasks
+from jepa_fast.monitor.measures import bound, discrepancy, spectrum
 from jepa_fast.presets import preset
 
 

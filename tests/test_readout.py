@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jepa_fast.monitor.readout import description, pseudo_classes, readout
+from jepa_fast.monitor.measures.readout import description, pseudo_classes, readout
 
 
 @pytest.fixture(scope="module")

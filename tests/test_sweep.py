@@ -82,7 +82,11 @@ def test_a_sweep_runs_goes_on_and_concludes(tmp_path, monkeypatch, capsys):
     written = (tmp_path / "s/ema.decay=1/metrics.jsonl").read_bytes()
     assert [r["step"] for r in read(tmp_path / "s/ema.decay=0.9/metrics.jsonl")] == [0, 1, 2]
     rows = list(csv.DictReader((tmp_path / "s/sweep.csv").open()))
-    assert [row["ema.decay"] for row in rows] == ["0.9", "1.0"] and float(rows[0]["final loss"]) > 0
+    assert (
+        [row["ema.decay"] for row in rows] == ["0.9", "1.0"]
+        and float(rows[0]["untrained"]) > 0
+        and float(rows[0]["final loss"]) > 0
+    )
     assert (tmp_path / "s/figure-5.png").exists() and (tmp_path / "s/figure-5.svg").exists()
     assert sweep.main(first) == 0  # nothing is left to do
     assert (tmp_path / "s/ema.decay=1/metrics.jsonl").read_bytes() == written

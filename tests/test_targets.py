@@ -20,7 +20,7 @@ from jepa_fast.model.targets import (
     statistics,
 )
 from jepa_fast.monitor import CollapseMonitor
-from jepa_fast.monitor.skill import trivial_skills
+from jepa_fast.monitor.measures.skill import trivial_skills
 from jepa_fast.parallel.world import check_split
 from jepa_fast.presets import preset
 

@@ -17,7 +17,7 @@ from jepa_fast import api, checkpoint
 from jepa_fast.errors import UsageError, reading
 from jepa_fast.interop import files
 from jepa_fast.interop.official import PARTS
-from jepa_fast.monitor import spectrum
+from jepa_fast.monitor.measures import spectrum
 
 Record = dict[str, float]
 NUM_TRAIN, NUM_TEST, NUM_FULL = 2000, 2000, 256  # samples of the probe, and of the discrepancy

@@ -13,10 +13,11 @@ from jepa_fast import parallel
 from jepa_fast.log import RunLog
 from jepa_fast.model.targets import Statistics, TargetNorm, centred_by_own, norm_of, regress
 from jepa_fast.model.targets import statistics as statistics_of
-from jepa_fast.monitor import bound, discrepancy, phase, skill
+from jepa_fast.monitor import phase
 from jepa_fast.monitor.accumulator import Interval
-from jepa_fast.monitor.drift import Drift, Identity, Weights
 from jepa_fast.monitor.examination import Examination
+from jepa_fast.monitor.measures import bound, discrepancy, skill
+from jepa_fast.monitor.measures.drift import Drift, Identity, Weights
 from jepa_fast.monitor.spikes import loss_spike
 from jepa_fast.monitor.tokens import Tokens, as_tokens, rows_of
 

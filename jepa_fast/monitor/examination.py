@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast.config import Monitor
-from jepa_fast.monitor import bound, discrepancy, probes, spectrum
-from jepa_fast.monitor.readout import pseudo_classes, readout
+from jepa_fast.monitor import probes
+from jepa_fast.monitor.measures import bound, discrepancy, spectrum
+from jepa_fast.monitor.measures.readout import pseudo_classes, readout
 
 FULL_INPUTS = 256  # inputs of the fixed set on which both encoders see everything
 READOUT_INPUTS = 1000  # of the probe's training inputs, and of its test inputs

@@ -1,0 +1,1 @@
+"""What is measured of two encoders and a predictor, a quantity a file. In: tensors. Out: tensors; nothing is decided here."""
