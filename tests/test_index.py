@@ -1,6 +1,7 @@
 """What an index knows of a shard: whole samples, half ones, doubled ones, and where it is kept."""
 
 import io
+import itertools
 import tarfile
 
 import pytest
@@ -132,6 +133,45 @@ def test_class_names_and_numbers_below_zero_are_names(tmp_path):
         )
     )
     assert labels(held) == [NO_LABEL] * 3 and [held.names[i] for i in held.rows["name"]] == ["tench", "-1", "n01440764"]
+
+
+def classes(tmp_path, *members):
+    held = index(write(tmp_path / "x.tar", *members))
+    return list(zip(labels(held), [held.names[i] for i in held.rows["name"]], strict=True))
+
+
+@pytest.mark.parametrize(
+    "key", ["train00000007", "collection20230102/7", "xn01440764_1", "n014407641", "n01440764x/1", "an01440764"]
+)
+def test_digits_somewhere_in_a_key_are_no_class(tmp_path, key):
+    assert classes(tmp_path, (f"{key}.jpg", b"A")) == [(NO_LABEL, "")]
+
+
+@pytest.mark.parametrize(
+    "key", ["n01440764/7", "train/n01440764/7", "n01440764_10026", "val/n01440764_10026", "n01440764/n01440764_1"]
+)
+def test_an_imagenet_class_that_stands_alone_is_one(tmp_path, key):
+    assert classes(tmp_path, (f"{key}.jpg", b"A")) == [(NO_LABEL, "n01440764")]
+
+
+@pytest.mark.parametrize(("json", "found"), [
+    (b'{"label": 3, "width": 7}', (3, "")), (b'{"Class_ID": "12"}', (12, "")), (b'{"cls": "tench"}', (NO_LABEL, "tench")),
+    (b'{"label": 3, "class_name": "tench"}', (3, "tench")), (b'{"filename": "n01440764_1.JPEG"}', (NO_LABEL, "n01440764")),
+    (b'{"path": "train/n01440764/1.JPEG"}', (NO_LABEL, "n01440764")), (b'{"url": "https://x.org/n01440764/1.jpg"}', (NO_LABEL, "")),
+    (b'{"path": "https://x.org/n01440764/1.jpg"}', (NO_LABEL, "")), (b'{"caption": "n01440764"}', (NO_LABEL, "")),
+    (b'{"label": true}', (NO_LABEL, "")), (b'{"label": 1.5}', (NO_LABEL, "")), (b'{"label": null}', (NO_LABEL, "")),
+    (b'{"label": -1}', (NO_LABEL, "-1")), (b"[3]", (NO_LABEL, "")), (b"{", (NO_LABEL, "")), (b"[" * 9999, (NO_LABEL, "")),
+    ('{"label": "\u00b2"}'.encode(), (NO_LABEL, "\u00b2")),
+])  # fmt: skip
+def test_a_json_names_the_class_in_a_field_for_it(tmp_path, json, found):
+    assert classes(tmp_path, ("a.jpg", b"A"), ("a.json", json)) == [found]
+    assert classes(tmp_path, ("a.json", json), ("a.jpg", b"A")) == [found]
+
+
+def test_a_cls_goes_before_a_json_in_any_order(tmp_path):
+    members = [("a.jpg", b"A"), ("a.json", b'{"label": 3, "class_name": "tench"}'), ("a.cls", b"5")]
+    for order in itertools.permutations(members):
+        assert classes(tmp_path, *order) == [(5, "tench")], order
 
 
 @pytest.mark.parametrize("cls_first", [False, True])

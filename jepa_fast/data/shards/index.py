@@ -24,7 +24,7 @@ from jepa_fast.data.shards.samples import NO_LABEL, PAYLOADS, Samples, text
 from jepa_fast.data.shards.tar import LONGEST_PADDING, TarDamage, Window, members
 from jepa_fast.errors import UsageError
 
-MAGIC = b"jepa-fast index 7\n"
+MAGIC = b"jepa-fast index 8\n"
 ROW = np.dtype(
     [
         ("begin", "<i8"),  # byte of the first header of the sample

@@ -3,15 +3,46 @@
 In: members in file order. Out: Samples: where each payload lies, its key, its class, and what is there in part.
 """
 
+import json
 import re
+from typing import NamedTuple
 
 from jepa_fast.data.shards.tar import BLOCK, Member, Window
 
 PAYLOADS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff", "gif", "npy")
 NO_LABEL = -1
-WNID = re.compile(rb"n\d{8}")
+# An ImageNet class stands alone: a folder of its name, or before the number of an image (n01440764_10026).
+WNID = re.compile(r"(?:^|[/\\])(n\d{8})(?=$|[/\\_.])")
+LABEL_FIELDS = ("label", "cls", "class", "target", "class_id", "class_idx", "class_index", "label_id", "label_idx", "category", "category_id",
+                "wnid", "synset", "synset_id", "class_name", "label_name", "category_name")  # fmt: skip
+NAME_FIELDS = (
+    "filename",
+    "file_name",
+    "file",
+    "path",
+    "filepath",
+    "file_path",
+    "image",
+    "image_path",
+    "key",
+    "__key__",
+)
 MOST_TEXT = 1 << 16  # bytes of a .cls or .json that are looked at
 _CODES = {name.encode(): code for code, name in enumerate(PAYLOADS)}
+
+
+class Class(NamedTuple):
+    """What a member says of a sample's class: a number or a name."""
+
+    label: int = NO_LABEL
+    name: str = ""
+    sure: bool = False  # a .cls says it: it goes before a .json
+
+    def over(self, other: "Class") -> "Class":
+        """This, and what the other knows more; the surer number."""
+        first, second = (self, other) if self.sure or not other.sure else (other, self)
+        label = first.label if first.label != NO_LABEL else second.label
+        return Class(label, first.name or second.name, first.sure or second.sure)
 
 
 def split_name(name: bytes) -> tuple[bytes, bytes]:
@@ -36,7 +67,8 @@ class Samples:
         self.repeated: list[str] = []
         self.end = 0
         self._row_of: dict[bytes, int] = {}
-        self._early: dict[bytes, tuple[int, str]] = {}  # classes whose payload is still to come
+        self._early: dict[bytes, Class] = {}  # classes whose payload is still to come
+        self._sure: set[int] = set()  # rows whose number a .cls gave
         self.beside = 0
         self._key, self._begin, self._extensions = b"", 0, set[bytes]()  # the run of members that this one belongs to
         self._has_payload = False
@@ -75,22 +107,27 @@ class Samples:
         self._has_payload = True
         if key in self._row_of:
             self.repeated.append(text(key))
-        label, name = self._early.pop(key, (NO_LABEL, ""))
+        known = self._early.pop(key, Class())
+        if known.sure:
+            self._sure.add(len(self.rows))
         self._row_of[key] = len(self.rows)
         self.rows.append((self._begin, member.data, member.size, code))
         self.keys.append(key)
-        self.labels.append(label)
-        self.names.append(name or _wnid(key))
+        self.labels.append(known.label)
+        wnid = _wnid(text(key))
+        self.names.append((known.name or wnid) if known.sure else (wnid or known.name))
 
     def _class(self, key: bytes, is_cls: bool, content: bytes) -> None:
-        label, name = _class_of(content) if is_cls else (NO_LABEL, _wnid(content))
+        said = _of_cls(content) if is_cls else _of_json(content)
         row = self._row_of.get(key)
-        if row is None or (is_cls and self.labels[row] != NO_LABEL):
-            known = self._early.get(key, (NO_LABEL, ""))
-            self._early[key] = (label if label != NO_LABEL else known[0], known[1] or name)
-        else:
-            self.labels[row] = label if is_cls else self.labels[row]
-            self.names[row] = self.names[row] or name
+        if row is None or (is_cls and row in self._sure):  # of a sample still to come, perhaps another of the same key
+            self._early[key] = said.over(self._early.get(key, Class()))
+            return
+        held = Class(self.labels[row], self.names[row], row in self._sure)
+        known = said.over(held) if is_cls else held.over(said)
+        self.labels[row], self.names[row] = known.label, known.name
+        if known.sure and known.label != NO_LABEL:
+            self._sure.add(row)
 
     def finish(self, damage: str = "", member: bytes = b"") -> None:
         """There are no more members, or the file breaks off in one: its sample is lost, unless its payload came before."""
@@ -103,20 +140,42 @@ class Samples:
         self.lost += [(text(key), why) for key in self._early]
 
 
-def _class_of(content: bytes) -> tuple[int, str]:
+def _of_cls(content: bytes) -> Class:
     """A class number, or a class name where it is none."""
+    label = _number(content)
+    return Class(label, "" if label != NO_LABEL else " ".join(text(content[:100]).split()), True)
+
+
+def _of_json(content: bytes) -> Class:
+    """The class that a field with such a name holds, or the ImageNet class in the name of a file. Never digits from elsewhere."""
     try:
-        label = int(content)
-        if 0 <= label < 2**31:
-            return label, ""
-    except ValueError:
-        pass
-    return NO_LABEL, " ".join(text(content[:100]).split())
+        held = json.loads(content)
+    except (ValueError, RecursionError):
+        return Class()
+    if not isinstance(held, dict):
+        return Class()
+    fields = {str(key).lower(): value for key, value in held.items()}
+    found = Class()
+    for name in LABEL_FIELDS:
+        value = fields.get(name)
+        if isinstance(value, int | str) and not isinstance(value, bool):
+            label = _number(str(value).encode())
+            found = found.over(Class(label, "" if label != NO_LABEL else " ".join(str(value)[:100].split())))
+    files = (value for name in NAME_FIELDS if isinstance(value := fields.get(name), str))
+    wnids = (_wnid(value) for value in files if "://" not in value)
+    return found.over(Class(name=next(filter(None, wnids), "")))
 
 
-def _wnid(content: bytes) -> str:
-    found = WNID.search(content)
-    return found.group().decode() if found else ""
+def _number(content: bytes) -> int:
+    """A class number, or NO_LABEL. Only plain digits: int() takes more."""
+    stripped = content.strip()
+    return int(stripped) if stripped.isdigit() and len(stripped) <= 10 and int(stripped) < 2**31 else NO_LABEL
+
+
+def _wnid(name: str) -> str:
+    """The ImageNet class in the name of a file or a sample, or ''."""
+    found = WNID.search(name)
+    return found.group(1) if found else ""
 
 
 def text(raw: bytes) -> str:
