@@ -118,7 +118,7 @@ def _assemble(parts: Parts, data: Data, origin: str) -> Dataset:
     if len(lost) > data.max_bad_share * max(total, TRUSTED):
         raise UsageError(
             f"{len(lost)} of {total} samples are lost, more than --data.max_bad_share {data.max_bad_share:g}; "
-            f"the first is {lost[0].key}: {lost[0].reason}; mend the data, or allow more"
+            f"the first is {lost[0].key}: {lost[0].reason}; fix the data, or allow more"
         )
     train, held_in, held_out, said = _probe(parts)
     num_classes, counted = 0, f"{len(train)} samples, {said}"
@@ -129,13 +129,24 @@ def _assemble(parts: Parts, data: Data, origin: str) -> Dataset:
             counted = f"{len(train)} samples, all of one class, so no probes"
     if held_in is not None and held_out is not None:
         counted = f"{len(train)} training and {len(held_out)} test samples, {num_classes} classes{said}"
+    notes = [*parts.notes, *_doubt(num_classes, held_in, held_out)]
     told = f"{origin}: {counted}" + (f"; {len(lost)} lost" if lost else "")
     # Without a test part the probe's samples are taken out of training, but not out of a stream or of one of several sets.
     apart = (parts.probe or parts).test is not None or (parts.probe is None and not hasattr(parts.train, "fixed"))
     return Dataset(
-        train, held_in, held_out, num_classes, _shape(train), told, parts.contents, lost, parts.notes,
+        train, held_in, held_out, num_classes, _shape(train), told, parts.contents, lost, notes,
         held_out=held_out is not None and apart,
     )  # fmt: skip
+
+
+def _doubt(num_classes: int, held_in: Source | None, held_out: Source | None) -> list[str]:
+    """A note where the labels look like something else, as numbers of samples do."""
+    count = len(held_in or ()) + len(held_out or ())
+    if num_classes <= 2 or 2 * num_classes < count:
+        return []
+    return [
+        f"{num_classes} classes of {count} labelled samples: these labels look like no classes, and the probe will say little"
+    ]
 
 
 def _probe(parts: Parts) -> tuple[Source, Source | None, Source | None, str]:

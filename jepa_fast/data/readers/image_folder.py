@@ -1,6 +1,7 @@
 """Image folders: train/ and val/ (or test/) of class folders, class folders, or just images."""
 
 import os
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,15 @@ from jepa_fast.data.shards.samples import PAYLOADS
 from jepa_fast.errors import UsageError
 
 SUFFIXES = tuple(f".{name}" for name in PAYLOADS if name != "npy")
+
+
+# What people call their splits, in any case, with - or _ or a blank in it. The first that fits is the one.
+SPLITS = {
+    "train": ("train", "training", "train_set", "trainset", "training_set", "train_images", "images_train"),
+    "test": ("val", "valid", "validation", "dev", "val_set", "validation_set", "val_images", "test", "testing", "test_set", "testset",
+             "test_images", "eval", "evaluation"),
+}  # fmt: skip
+SYSTEM = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "__pycache__"}
 
 
 def open_folder(root: Path, data: Data) -> Parts:
@@ -38,19 +48,79 @@ def open_folder(root: Path, data: Data) -> Parts:
     held: dict[str, str] = {}
     for split_root, files in splits.values():
         held |= contents(root, split_root, files)
-    return Parts(train, test, held)
+    return Parts(train, test, held, notes=_unused(train_root, test_root, root) + _unknown(classes, *splits["test"]))
+
+
+def _unused(train_root: Path, test_root: Path, root: Path) -> list[str]:
+    """A note of the folders next to the training one that are no split: perhaps `train` was a class."""
+    if train_root == root:
+        return []
+    others = [f.name for f in _folders(train_root.parent) if f not in (train_root, test_root) and images_under(f)]
+    if not others:
+        return []
+    few = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+    return [f"{train_root.name} is taken as the training part; {few} next to it is not used"]
+
+
+def _unknown(classes: list[str], test_root: Path, test_files: list[Path]) -> list[str]:
+    """A note of the test classes that training lacks."""
+    more = sorted({class_of(file, test_root) for file in test_files} - set(classes) - {""}) if classes else []
+    if not more:
+        return []
+    few = ", ".join(map(repr, more[:3])) + (", ..." if len(more) > 3 else "")
+    return [
+        f"{test_root.name} has {len(more)} classes that training lacks ({few}): their images take no part in the probe"
+    ]
 
 
 def find(root: Path) -> dict[str, tuple[Path, list[Path]]]:
-    """{'train', 'test'}: (folder of the split, its images in order, possibly none)."""
-    train = root / "train" if (root / "train").is_dir() else root
-    names = ("val", "valid", "validation", "test")
-    test = next((root / n for n in names if (root / n).is_dir() and train != root), None)
-    return {"train": (train, images_under(train)), "test": (test or root, images_under(test) if test else [])}
+    """{'train', 'test'}: (folder of the split, its images in order, possibly none). Raises UsageError on a test part alone."""
+    place, inside = root, _splits_in(root)
+    if not inside and len(below := _folders(root)) == 1 and _splits_in(below[0]):
+        place, inside = below[0], _splits_in(below[0])  # as archives unpack: name/name/train
+    if "train" in inside:
+        test = inside.get("test")
+        train = images_under(inside["train"])
+        return {"train": (inside["train"], train), "test": (test or place, images_under(test) if test else [])}
+    if "test" in inside and len(_folders(place)) == 1:
+        alone = inside["test"]
+        raise UsageError(
+            f"--data.path {root} holds {alone.name} and no folder to train on: give {alone}, or put a folder train there"
+        )
+    return {"train": (root, images_under(root)), "test": (root, [])}
+
+
+def _splits_in(folder: Path) -> dict[str, Path]:
+    """{'train', 'test'}: the folders of `folder` that are called so. A test part alone counts if its folder is the only one."""
+    named = {re.sub(r"[-\s]", "_", inner.name.lower()): inner for inner in reversed(_folders(folder))}
+    found = {split: next((named[n] for n in names if n in named), None) for split, names in SPLITS.items()}
+    return {split: inner for split, inner in found.items() if inner is not None}
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(inner for inner in folder.iterdir() if inner.is_dir() and not _passed_over(inner.name))
+
+
+def _passed_over(name: str) -> bool:
+    """Hidden folders and files, and what systems put next to people's data."""
+    return name.startswith(".") or name.lower() in SYSTEM
 
 
 def images_under(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    """In order. Links are followed; a folder that was entered already (a loop) is not entered again."""
+    found: list[Path] = []
+    entered: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = Path(place)
+        # Folders themselves before links to them, so that a class keeps its own name.
+        folders[:] = sorted((f for f in folders if not _passed_over(f)), key=lambda f: ((here / f).is_symlink(), f))
+        state = here.stat()
+        if (state.st_dev, state.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((state.st_dev, state.st_ino))
+        found += [here / f for f in files if not f.startswith(".") and os.path.splitext(f)[1].lower() in SUFFIXES]
+    return sorted(found)
 
 
 def class_of(file: Path, root: Path) -> str:

@@ -9,7 +9,25 @@ from typing import NamedTuple
 
 from jepa_fast.data.shards.tar import BLOCK, Member, Window
 
-PAYLOADS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff", "gif", "npy")
+PAYLOADS = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "bmp",
+    "ppm",
+    "pgm",
+    "pbm",
+    "pnm",
+    "tif",
+    "tiff",
+    "gif",
+    "npy",
+    "jpe",
+    "jfif",
+    "dib",
+    "apng",
+)
 NO_LABEL = -1
 # An ImageNet class stands alone: a folder of its name, or before the number of an image (n01440764_10026).
 WNID = re.compile(r"(?:^|[/\\])(n\d{8})(?=$|[/\\_.])")
