@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jepa_fast.data.convert import verify
-from jepa_fast.data.convert.inputs import material
+from jepa_fast.data.convert.inputs import SeriesOptions, material
 from jepa_fast.data.convert.to_shards import Options, convert
 from jepa_fast.errors import UsageError, one_line_errors
 
@@ -17,13 +17,15 @@ USAGE = """usage: python -m jepa_fast.shards SOURCE FOLDER [options]     make sh
        python -m jepa_fast.shards --stats SHARDS                  counts, sizes, class balance
 
 SOURCE  an image folder (train/ and val/ of class folders, class folders, or just images), CIFAR-10/100 batches (pickled
-        or binary), a file of series (.tsv .ts .pt .npy .csv) or a folder of them, or shards: a folder, pattern, list or URL
+        or binary), a file of series (.tsv .ts .pt .npy .csv .txt), a folder of them or ucr:NAME, or shards: a folder, pattern, list or URL
 SHARDS  a folder of .tar, a brace pattern, a glob, or a list joined by ::
 
   --name NAME             NAME-train-0000.tar ...; default: the folder's name
   --samples-per-shard N   default 1000
   --seed N                of the order of the samples, default 0      --keep-order   as they come
   --label-filter FILE     keep the classes listed (numbers or wnids), renumbered from 0; for shards
+  --label COLUMN          of a table of series: first, last, a name, a number from 0 on, none; default: auto
+  --gaps refuse|interpolate|zero    --lengths refuse|pad|cut      of series with missing values or of unequal length
   --workers N             threads; default: one a core
 
 Called again after an interruption it goes on. Same source and options, same bytes."""
@@ -45,6 +47,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep-order", action="store_true")
     parser.add_argument("--label-filter", default="")
+    parser.add_argument("--label", "--data.label", dest="label", default="auto")
+    parser.add_argument(
+        "--gaps", "--data.gaps", dest="gaps", choices=("refuse", "interpolate", "zero"), default="refuse"
+    )
+    parser.add_argument(
+        "--lengths", "--data.lengths", dest="lengths", choices=("refuse", "pad", "cut"), default="refuse"
+    )
     parser.add_argument("--workers", type=int, default=0)
     args = parser.parse_args(argv)
     for name, least in (("samples_per_shard", 1), ("seed", 0), ("workers", 0)):
@@ -76,11 +85,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _make(args: argparse.Namespace) -> int:
     began = time.monotonic()
-    held = material(args.source, args.label_filter)
+    held = material(args.source, args.label_filter, SeriesOptions(args.label, args.gaps, args.lengths))
     print(
         f"{args.source}: {held.kind}, " + ", ".join(f"{count:,} {split}" for split, count in held.splits.items()),
         flush=True,
     )
+    for note in held.notes:
+        print(f"data: {note}")
     seed = None if args.keep_order else args.seed
     options = Options(args.name, args.samples_per_shard, seed, args.workers)
 

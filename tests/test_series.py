@@ -71,7 +71,7 @@ def test_training_and_test_files_find_each_other(tmp_path):
     ("e.ts", "1,2,3:1\n", "line 1: data before the @data line"),
     ("f.npy", "rubbish", "f.npy cannot be read as .npy"),
     ("g.pt", "rubbish", "g.pt cannot be read"),
-    ("h.txt", "1 2", "not a file of series"),
+    ("h.log", "1 2", "not a file of series"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_with_the_place(tmp_path, name, text, says):
     (tmp_path / name).write_text(text)

@@ -49,6 +49,9 @@ class Data:
     """Samples of one series. 0: as the data have."""
     series_norm: Literal["per_series", "train", "none"] = "per_series"
     """z-normalise every series by itself, or by the training set's statistics, or not at all."""
+    label: str = "auto"
+    """Where the label is in a table of series: `first`, `last`, the name of a column or its number from 0 on, `none`. auto: by
+    the header, or by what the columns hold (docs/data.md)."""
     gaps: Literal["refuse", "interpolate", "zero"] = "refuse"
     """Series with missing values. `interpolate`: linearly, as the UCR archive advises."""
     lengths: Literal["refuse", "pad", "cut"] = "refuse"

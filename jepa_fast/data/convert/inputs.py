@@ -9,13 +9,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from jepa_fast.bounded import read_bytes
 from jepa_fast.data.opened import digest
-from jepa_fast.data.readers import cifar, from_shards, image_folder, series, series_folder
+from jepa_fast.data.readers import cifar, from_shards, image_folder, series, series_folder, series_gaps, ucr
 from jepa_fast.data.readers.series import SeriesFile
 from jepa_fast.data.sample import BadSample
 from jepa_fast.data.shards import paths, tar
@@ -35,10 +36,22 @@ class Material:
     kind: str  # in words
     classes: list[str] = field(default_factory=list)  # names of the classes, by number
     lost: list[str] = field(default_factory=list)  # what should be there and is not, and why
+    notes: list[str] = field(default_factory=list)  # what else a user should know
 
 
-def material(source: str, label_filter: str = "") -> Material:
-    """What `source` holds. Raises UsageError."""
+class SeriesOptions(NamedTuple):
+    """As training has them: `--data.label`, `--data.gaps`, `--data.lengths`."""
+
+    label: str = "auto"
+    gaps: str = "refuse"
+    lengths: str = "refuse"
+    max_bad_share: float = 0.01
+
+
+def material(source: str, label_filter: str = "", options: SeriesOptions = SeriesOptions()) -> Material:  # noqa: B008
+    """What `source` holds. options: of series. Raises UsageError."""
+    if ucr.named(source):
+        return _of_series(source, options)
     entries = paths.entries(source)
     if any(paths.is_remote(entry) for entry in entries) or paths.is_shards(source):
         return _of_shards(source, label_filter)
@@ -48,16 +61,16 @@ def material(source: str, label_filter: str = "") -> Material:
         raise UsageError(f"{source} does not exist; give an image folder, CIFAR batches, a file of series, or shards")
     root = Path(source)
     if not root.is_dir():
-        if root.suffix not in series.SUFFIXES:
+        if root.suffix.lower() not in series.SUFFIXES:
             raise UsageError(f"{source} is no file of series ({', '.join(series.SUFFIXES)}), and no folder")
-        return _of_series(source)
+        return _of_series(source, options)
     batches = cifar.find(root)
     if batches is not None:
         return _of_cifar(batches)
     if image_folder.images_under(root):
         return _of_folder(root)
-    if series_folder.is_folder_of_series(root) or any(f.suffix in series.SUFFIXES for f in root.iterdir()):
-        return _of_series(source)
+    if series_folder.is_folder_of_series(root) or any(f.suffix.lower() in series.SUFFIXES for f in root.iterdir()):
+        return _of_series(source, options)
     raise UsageError(f"{source} holds no images, no CIFAR batches, no series and no .tar; give a folder that does")
 
 
@@ -115,16 +128,19 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _of_series(source: str) -> Material:
+def _of_series(source: str, options: SeriesOptions) -> Material:
     root = Path(source)
     if root.is_dir() and series_folder.is_folder_of_series(root):
         held = series_folder.load(root)
     else:
-        train, test = series.find(source)
-        held = {name: series.load(file) for name, file in (("train", train), ("test", test)) if file is not None}
+        train, test = (ucr.find(source).train, ucr.find(source).test) if ucr.named(source) else series.find(source)
         beside = train.with_name(train.name.replace("train", "val"))  # FaultDetection has train, val and test.pt
-        if beside != train and beside.is_file():
-            held["validation"] = series.load(beside)
+        validation = beside if beside != train and beside.is_file() else None
+        files = {"train": train, "test": test, "validation": validation}
+        held = series.load_all({name: file for name, file in files.items() if file is not None}, options.label)
+    notes = [note for part in held.values() for note in part.notes]
+    held, done = series_gaps.regular(held, options.gaps, options.lengths, options.max_bad_share)
+    notes += done
     named = [part.labels for part in held.values() if part.labels is not None]
     classes = [c for c in np.unique(np.concatenate(named)).tolist() if c] if len(named) == len(held) else []
 
@@ -132,6 +148,8 @@ def _of_series(source: str) -> Material:
         def sample(i: int) -> dict:
             if i in part.unread:
                 raise BadSample(f"{part.keys[i] if part.keys else i} {part.unread[i]}", part.unread[i].kind)
+            if not np.isfinite(part.samples[i]).all():
+                raise BadSample(f"series {i} holds a missing or infinite value", "not_finite")
             made = {"__key__": f"{i:06}", "npy": np.ascontiguousarray(part.samples[i], dtype=np.float32)}
             label = "" if part.labels is None or not classes else str(part.labels[i])
             return {**made, "cls": classes.index(label)} if label else made
@@ -146,7 +164,9 @@ def _of_series(source: str) -> Material:
         for split, part in held.items()
     }
     counts = {split: len(part.samples) for split, part in held.items()}
-    return Material(counts, {split: sample_of(part) for split, part in held.items()}, contents, "series", classes)
+    return Material(
+        counts, {split: sample_of(part) for split, part in held.items()}, contents, "series", classes, notes=notes
+    )
 
 
 def _of_shards(source: str, label_filter: str) -> Material:

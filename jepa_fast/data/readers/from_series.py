@@ -15,13 +15,15 @@ from jepa_fast.errors import UsageError
 
 def open_series(path: str, data: Data) -> Parts:
     """The series that `path` means, normalised as data.series_norm says. Raises UsageError."""
-    held = _read(path)
+    held = _read(path, data.label)
     channels = {name: part.samples.shape[1] for name, part in held.items()}
     if len(set(channels.values())) > 1:
         raise UsageError(
             f"{' and '.join(channels)} hold series of {' and '.join(map(str, channels.values()))} channels; make them equal"
         )
-    held, notes = series_gaps.regular(held, data.gaps, data.lengths, data.max_bad_share)
+    notes = [note for part in held.values() for note in part.notes]
+    held, done = series_gaps.regular(held, data.gaps, data.lengths, data.max_bad_share)
+    notes += done
     named = [part.labels for part in held.values() if part.labels is not None]
     classes = np.unique(np.concatenate(named)) if len(named) == len(held) else None
     classes = None if classes is None else classes[classes != ""]
@@ -43,15 +45,16 @@ def open_series(path: str, data: Data) -> Parts:
     return Parts(sources[0], sources[1] if len(sources) > 1 else None, contents, notes=notes)
 
 
-def _read(path: str) -> dict[str, SeriesFile]:
+def _read(path: str, label: str) -> dict[str, SeriesFile]:
     """{name: series}, the training part first."""
     if Path(path).is_dir() and series_folder.is_folder_of_series(Path(path)):
         return series_folder.load(Path(path))
     if ucr.named(path):
         pair = ucr.find(path)
-        return {file.name: series.load(file) for file in (pair.train, pair.test)}
-    train, test = series.find(path)
-    return {file.name: series.load(file) for file in (train, test) if file is not None}
+        files = [pair.train, pair.test]
+    else:
+        files = [file for file in series.find(path) if file is not None]
+    return series.load_all({file.name: file for file in files}, label)
 
 
 def _one(samples: np.ndarray, unread: dict[int, BadSample], index: int) -> np.ndarray:

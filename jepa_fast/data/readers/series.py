@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from jepa_fast.bounded import read_bytes, read_text
-from jepa_fast.data.readers import torch_file
+from jepa_fast.data.readers import series_table, torch_file
+from jepa_fast.data.readers.series_table import ENCODING, GAPS
 from jepa_fast.data.sample import BadSample, Counts, nothing
 from jepa_fast.errors import UsageError
 
-SUFFIXES = (".tsv", ".ts", ".pt", ".npy", ".csv")
-GAPS = ("", "?")  # how files write a value that is missing
-ENCODING = "utf-8-sig"  # with the mark that spreadsheets put first, or without
+SUFFIXES = (".tsv", ".ts", ".pt", ".npy", ".csv", ".txt")
+TABLES = (".tsv", ".csv", ".txt")
 SAVED = "torch.save({'samples': x, 'labels': y}, file)"
 
 
@@ -28,6 +28,8 @@ class SeriesFile:
     labels: np.ndarray | None  # str [n], as the file writes them; '' of a series without one
     keys: list[str] | None = None  # where each lies, if not all in one file
     unread: dict[int, BadSample] = field(default_factory=dict)  # why a series could not be read; it stands there as NaN
+    notes: tuple[str, ...] = ()  # what a user should know of it
+    column: str | None = None  # of a table: where its label is
 
 
 def find(path: str) -> tuple[Path, Path | None]:
@@ -47,21 +49,52 @@ def find(path: str) -> tuple[Path, Path | None]:
         given = training[0]
     if not given.is_file():
         raise UsageError(f"--data.path {path} does not exist; give a file of series ({', '.join(SUFFIXES)})")
-    for train, test in (("TRAIN", "TEST"), ("train", "test"), ("Train", "Test")):
-        stem, found, suffix = given.name.rpartition(train)
-        partner = given.with_name(stem + test + suffix)
-        if found and partner.is_file():
-            return given, partner
+    before, found, after = _rpartition(given.name, "train")
+    if found:
+        partner = f"{before}test{after}".lower()
+        beside = sorted(f for f in given.parent.iterdir() if f.name.lower() == partner and f.is_file())
+        if beside:
+            same = [f for f in beside if f.name == before + ("TEST" if found.isupper() else "test") + after]
+            return given, (same or beside)[0]
     return given, None
 
 
-def load(file: Path) -> SeriesFile:
-    """Read a file of series. Raises UsageError naming file, line and mend."""
-    readers = {".tsv": _read_tsv, ".ts": _read_ts, ".pt": _read_pt, ".npy": _read_npy, ".csv": _read_csv}
-    if file.suffix.lower() not in readers:
-        raise UsageError(f"{file} is not a file of series; known are {', '.join(readers)}")
+def _rpartition(name: str, part: str) -> tuple[str, str, str]:
+    """str.rpartition in any case."""
+    at = name.lower().rfind(part)
+    return (name[:at], name[at : at + len(part)], name[at + len(part) :]) if at >= 0 else ("", "", name)
+
+
+def load_all(files: dict[str, Path], label: str = "auto") -> dict[str, SeriesFile]:
+    """{name: series}, the training file first: the others have their label where it has its own."""
+    held: dict[str, SeriesFile] = {}
+    for name, file in files.items():
+        first = next(iter(held.values()), None)
+        held[name] = load(file, label, first.column if first is not None else None)
+    return held
+
+
+def load(file: Path, label: str = "auto", like: str | None = None) -> SeriesFile:
+    """Read a file of series; label and like as `series_table.read` has them. Raises UsageError naming file, line and fix."""
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UsageError(f"{file} is not a file of series; known are {', '.join(SUFFIXES)}")
+    if suffix not in TABLES and label not in ("auto", "none"):
+        raise UsageError(
+            f"--data.label {label}: {file} is no table; its format says where labels are; give auto or none"
+        )
+    notes: tuple[str, ...] = ()
+    column = None
     try:
-        samples, labels = readers[file.suffix.lower()](file)
+        if suffix in TABLES:
+            table = series_table.read(file, label, like)
+            samples, notes, column = _stack([_float32(row) for row in table.values], file), table.notes, table.column
+            samples = samples[:, None]
+            labels = None if table.labels is None else np.array([_tidy(one) for one in table.labels], dtype=str)
+        elif suffix == ".ts":
+            samples, labels, notes = _read_ts(file)
+        else:
+            samples, labels = (_read_pt if suffix == ".pt" else _read_npy)(file)
     except UsageError:
         raise
     except Exception as error:  # damaged pickles and arrays raise nearly anything
@@ -72,7 +105,7 @@ def load(file: Path) -> SeriesFile:
         raise UsageError(f"{file} holds no series; put one on every line")
     if labels is not None and len(labels) != len(samples):
         raise UsageError(f"{file} holds {len(samples)} series but {len(labels)} labels")
-    return SeriesFile(samples, labels)
+    return SeriesFile(samples, None if label == "none" else labels, notes=notes, column=column)
 
 
 Statistics = tuple[np.ndarray, np.ndarray]
@@ -125,49 +158,13 @@ def _float32(values: np.ndarray) -> np.ndarray:
         return values.astype(np.float32)
 
 
-def _read_tsv(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    return _table(file, "\t")
+def _read_ts(file: Path) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
+    """The format of timeseriesclassification.com: @ header, then channels between ':', the label last.
 
-
-def _read_csv(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A series a line, label first; a header line is skipped."""
-    return _table(file, ",")
-
-
-def _table(file: Path, separator: str) -> tuple[np.ndarray, np.ndarray]:
-    lines = [
-        (number, line) for number, line in enumerate(read_text(file, ENCODING).splitlines(), start=1) if line.strip()
-    ]
-    if lines and _is_header(lines[0][1], separator):
-        lines = lines[1:]
-    labels, rows = [], []
-    for number, line in lines:
-        label, *values = line.split(separator)
-        if not values:
-            name = {"\t": "tab", ",": "comma"}[separator]
-            raise UsageError(f"{file}, line {number}: no {name} in it; a {file.suffix} has the label, then the values")
-        labels.append(_tidy(label))
-        rows.append(_numbers(values, file, number))
-    return _stack(rows, file)[:, None], np.array(labels, dtype=str)
-
-
-def _is_header(line: str, separator: str) -> bool:
-    """Whether no value of a first line is a number; a series may begin with gaps."""
-    values = [value for cell in line.split(separator)[1:] if (value := cell.strip()) not in GAPS]
-    return bool(values) and not any(map(_is_number, values))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-        return True
-    except ValueError:
-        return False
-
-
-def _read_ts(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The format of timeseriesclassification.com: @ header, then channels between ':', the label last."""
-    labelled, begun, rows, labels = True, False, [], []
+    A value may be written with its time, (time,value). A @targetLabel is a number to regress: no class. Also returns notes.
+    """
+    labelled: bool | None = None  # None: no line says so
+    target, begun, rows, labels = False, False, [], []
     for number, line in enumerate(read_text(file, ENCODING).splitlines(), start=1):
         line = line.strip()
         if not line or line.startswith(("#", "%")):
@@ -175,17 +172,28 @@ def _read_ts(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
         if line.startswith("@"):
             if line.lower().startswith(("@classlabel", "@targetlabel")):
                 labelled = line.lower().split()[1:2] == ["true"]
+                target = labelled and line.lower().startswith("@targetlabel")
             begun = begun or line.lower().startswith("@data")
             continue
         if not begun:
             raise UsageError(f"{file}, line {number}: data before the @data line; is this a .ts file?")
-        *channels, last = line.split(":")
+        *channels, last = _without_times(line).split(":")
+        if labelled is None:
+            labelled = bool(channels) and "," not in last
         if labelled:
             labels.append(_tidy(last))
         else:
             channels.append(last)
         rows.append(_stack([_numbers(c.split(","), file, number) for c in channels], file))
-    return _stack(rows, file), np.array(labels, dtype=str) if labelled else None
+    if target:
+        said = f"{file.name}: its @targetLabel is a regression target, so no probes"
+        return _stack(rows, file), None, (said,)
+    return _stack(rows, file), np.array(labels, dtype=str) if labelled else None, ()
+
+
+def _without_times(line: str) -> str:
+    """(2019-01-01 00:00:00,1.5),(...,2.5):label -> 1.5,2.5:label"""
+    return re.sub(r"\(([^()]*),([^(),]*)\)", r"\2", line) if "(" in line else line
 
 
 def _read_pt(file: Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -41,6 +41,9 @@ def entries(path: str) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             said = "is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
             raise UsageError(f"--data.path {entry}: {said}; give a file with one shard or pattern a line") from None
+        if _is_table(next(filter(None, lines), "")):  # the UCR archive of 2015 has series in .txt
+            found.append(entry)
+            continue
         if not any(lines):
             raise UsageError(f"--data.path {entry} is an empty list; give a file with one shard or pattern a line")
         for line in lines:
@@ -51,6 +54,15 @@ def entries(path: str) -> list[str]:
     if not all(found):
         raise UsageError(f"--data.path {path!r} has an empty entry; join paths as in A::B")
     return found
+
+
+def _is_table(line: str) -> bool:
+    """Whether a line holds numbers and nothing else, three at least."""
+    words = line.replace(",", " ").split()
+    try:
+        return len(words) >= 3 and [float(word) for word in words] != []
+    except ValueError:
+        return False
 
 
 def is_command(path: str) -> bool:
