@@ -43,7 +43,7 @@ def looks(records: Sequence[Record]) -> list[phase.Look]:
 
 def cannot_tell(looked: Sequence[phase.Look]) -> bool:
     """Whether even a perfect probe would not be above the untrained encoder's by the margin: one class, few samples."""
-    return bool(looked) and looked[-1].reference + looked[-1].margin > 1
+    return bool(looked) and not looked[-1].decides
 
 
 def values(records: Sequence[Record], key: str) -> list[tuple[int, float]]:
