@@ -1,4 +1,4 @@
-"""What a report reads: the records and events of a run, whoever wrote them. In: a run folder. Out: records and events.
+"""What a report reads: the records and events of a run of any trainer. In: a run folder. Out: records and events.
 
 A log without `phase/state` (another project's, or an older version's) gets its states and events computed here, by the
 definition of today.
