@@ -1,7 +1,7 @@
 """The runs behind "Reading your JEPA loss curve": their curves as docs/runs/*.csv, and the figures drawn from those.
 
 python docs/figures.py             # draw docs/runs/*.svg from the committed curves
-python docs/figures.py --train     # train every run again first (about a minute each on two CPU cores)
+python docs/figures.py --train     # train every run again first (one to two minutes each on two CPU cores)
 python docs/figures.py --take NAME RUN_FOLDER    # the curves of a run that was trained elsewhere by the same command
 """
 
@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jepa_fast.monitor import phase
 from jepa_fast.report.figure import phase_figure, svg
+from jepa_fast.report.logs import with_phase
 
 HERE = Path(__file__).parent / "runs"
 RUNS = {  # name: what to give to python -m jepa_fast.train
@@ -48,8 +48,7 @@ def curves(name: str) -> list[dict[str, float]]:
 
 def draw(name: str) -> str:
     """The figure as SVG, with the events that the detector calls."""
-    records = curves(name)
-    return svg(phase_figure(records, [vars(event) for event in phase.detect(records)]))
+    return svg(phase_figure(*with_phase(curves(name))))
 
 
 def main(argv: list[str]) -> None:

@@ -82,8 +82,8 @@ def _recipe(name: str) -> str:
 def _run(name: str) -> str:
     records = figures.curves(name)
     events = [vars(event) for event in phase.detect(records)]
-    told = (
+    lines = (
         "\n".join(f"- {e['kind'].replace('_', ' ')}, step {e['step']:,}: {e['evidence'][0]}" for e in events)
         or "- no event"
     )
-    return f"The command: `python -m jepa_fast.train {figures.RUNS[name]}`\n\nWhat jepa-fast says of it: *{verdict(records, events, '')}*\n\n{told}"
+    return f"The command: `python -m jepa_fast.train {figures.RUNS[name]}`\n\nWhat jepa-fast says of it: *{verdict(records, events, '')}*\n\n{lines}"

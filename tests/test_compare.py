@@ -1,18 +1,22 @@
 """Runs beside each other: what tells them apart, what they measured, what the paper says of it; figures 1 to 5."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import spearmanr
 from test_report import checked, dipping, run_of
+from test_verdict import assert_apart
 
 from jepa_fast import report
 from jepa_fast.config import replace, to_json
 from jepa_fast.errors import UsageError
 from jepa_fast.presets import preset
 from jepa_fast.report import compare, paper
+from jepa_fast.report.bands import bands
+from jepa_fast.report.figure import phase_figure
 
 
 def write(folder, changes, lag=1.0, target=lambda s: 0.5 if 0 < s < 600 else 0.7):
@@ -91,6 +95,33 @@ def test_a_phase_that_lasts_has_no_end_and_its_share_is_up_to_the_last_step(tmp_
     assert measured["share of run"] == pytest.approx(0.92)
 
 
+def test_table_figures_and_verdict_of_a_run_have_the_same_phase(tmp_path):
+    for target in (lambda s: 0.5 if 0 < s < 600 else 0.7, lambda s: 0.6, lambda s: 0.7 if s else 0.6):
+        folder = write(tmp_path / str(len(list(tmp_path.iterdir()))), {}, target=target)
+        run = compare.read_run(folder, [])
+        begins, ends = compare.phase_of(run)
+        stop = run.records[-1]["step"] if math.isnan(ends) else ends
+        said = report.verdict(run.records, run.events, "")
+        if math.isnan(begins):
+            assert said.startswith("No collapse phase") and not bands(run.records, run.events)
+        else:
+            assert (
+                f"since step {begins:,}," in said if math.isnan(ends) else f"from step {begins:,} to {ends:,}," in said
+            )
+        for drawn in (paper.figure(1, [run]), paper.figure(2, [run]), paper.figure(3, [run]), paper.figure(4, [run]), phase_figure(run.records, run.events)):  # fmt: skip
+            shaded = {(p.get_x(), p.get_x() + p.get_width()) for ax in drawn.axes for p in ax.patches}
+            assert shaded == (set() if math.isnan(begins) else {(begins, stop)})
+
+
+def test_the_phase_of_each_of_several_runs_is_a_bar_below_the_curves(tmp_path):
+    runs = compare.read_runs(over_decay(tmp_path, (1, 2, 3)))
+    for number in (3, 5):
+        drawn = paper.figure(number, runs)
+        for ax in [ax for ax in drawn.axes if ax.lines][:2]:
+            bars = [tuple(line.get_xdata()) for line in ax.lines if line.get_linewidth() == 2.5]
+            assert bars == [(80, 600)] * 3
+
+
 # ---- claims ---------------------------------------------------------------------------------------
 
 
@@ -105,6 +136,15 @@ def test_the_corollary_stands_beside_what_was_measured(tmp_path, lags, says):
 def test_seeds_are_averaged(tmp_path):
     said = compare.claims(compare.read_runs(over_decay(tmp_path, (1, 2, 3), seeds=(0, 1))))
     assert any("0.9: 1, 0.99: 2, 0.996: 3" in line for line in said) and not any("One seed" in line for line in said)
+
+
+def test_a_phase_that_lasts_counts_as_one_that_ends_at_the_last_step_or_later(tmp_path):
+    folders = over_decay(tmp_path, (1, 2, 3))
+    records = [json.loads(line) for line in (folders[2] / "metrics.jsonl").read_text().splitlines()]
+    useless = [r | {"probe/target": 0.6, "probe/context": 0.6} if "probe/target" in r else r for r in records]
+    (folders[2] / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in useless))
+    (line,) = [line for line in compare.claims(compare.read_runs(folders)) if "prolongs" in line]
+    assert "0.9: 600, 0.99: 600, 0.996: 1000 or later;" in line
 
 
 def test_nothing_is_claimed_of_other_fields_or_of_two_values(tmp_path):
@@ -141,6 +181,12 @@ def test_an_inset_covers_no_curve(tmp_path):
     for line in left.lines:
         points = left.transData.transform(line.get_xydata())
         assert not any(box.contains(*point) for point in points)
+
+
+def test_names_at_the_ends_of_many_curves_never_touch(tmp_path):
+    runs = compare.read_runs([write(tmp_path / f"{i}", {"ema.decay": 0.9 + 0.01 * i}, lag=1) for i in range(9)])
+    for number in (3, 5):
+        assert_apart(paper.figure(number, runs))
 
 
 @pytest.mark.parametrize("arguments", [["--figure", "4"], ["--figure", "1"], ["--figure", "6"], ["--figure", "x"]])

@@ -80,7 +80,8 @@ def test_the_csv_of_each_official_trainer_gives_a_verdict_evidence_limits_and_a_
     assert main(["jepa_r0.csv"]) == 0
     said = capsys.readouterr().out
     assert kind in said and "100 an epoch" in said
-    assert "loss minimum" in said and "limits:" in said
+    assert "loss minimum" in said and "limits:" in said and "without a probe nothing here is a fact" in said
+    assert "Estimated from the loss alone" in said or "The loss alone does not tell" in said
     out = there / "diagnoses" / "jepa_r0-1"
     assert (out / "phase.png").stat().st_size > 5000 and (out / "report.html").exists()
     [minimum] = [e for e in lines(out / "events.jsonl") if e["kind"] == "loss_minimum"]

@@ -23,10 +23,6 @@ def facts(records):
     return [e for e in phase.detect(records) if not e.kind.endswith("_suspected")]
 
 
-def suspicions(records):
-    return [e for e in phase.detect(records) if e.kind.endswith("_suspected")]
-
-
 def kinds(records):
     return [e.kind for e in facts(records)]
 
@@ -40,12 +36,6 @@ def dip(bottom=500, depth=20.0, rise=8.0):
     falling = np.clip(STEPS / bottom, 0, 1)
     rising = np.clip((STEPS - bottom) / (STEPS[-1] - bottom), 0, 1)
     return depth ** -np.sin(falling * np.pi / 2) * rise**rising
-
-
-def probes(gaps, every=100, **more):
-    return [
-        {"step": i * every, "probe/target": 0.6 + gap, "probe/untrained": 0.6, **more} for i, gap in enumerate(gaps)
-    ]
 
 
 # ---- valleys --------------------------------------------------------------------------------------
@@ -141,9 +131,6 @@ def test_crashes_that_come_again_are_each_called():
     values = escape_then(0.3)
     values[(STEPS > 1600) & (STEPS <= 1750)] = values[STEPS == 1400]
     assert kinds(curve("loss", values)).count("late_drop") == 2
-
-
-# ---- probes ---------------------------------------------------------------------------------------
 
 
 # ---- any records ----------------------------------------------------------------------------------

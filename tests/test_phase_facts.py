@@ -91,6 +91,22 @@ def test_a_probe_that_failed_is_not_a_look():
     assert next(e for e in detect(records) if e.kind == "useful").called_at == 40
 
 
+def test_an_encoder_without_a_probe_is_no_failed_probe():
+    records = [{k: v for k, v in r.items() if k != "probe/target"} for r in run([0.5, 0.5, 0.7, 0.7, 0.7])]
+    (event,) = [e for e in detect(records) if e.kind == "useful"]
+    assert (event.step, event.called_at) == (20, 30)
+
+
+def test_the_evidence_names_what_the_probe_was_compared_with():
+    (event,) = [e for e in detect(run([0.5, 0.5, 0.7, 0.7], untrained=0.55)) if e.kind == "useful"]
+    assert "context probe 0.700 at step 30, untrained 0.550 (+0.150, margin" in event.evidence[1]
+
+
+def test_a_probe_on_one_class_states_no_phase():
+    records = run([1.0] * 6, untrained=1.0)
+    assert kinds(records) == [] and {a.state for a in assess(records)} <= {"warmup", "unknown"}
+
+
 def test_what_is_said_at_a_step_follows_from_the_records_up_to_it():
     records = run([0.5, 0.5, 0.5, 0.7, 0.7, 0.5, 0.5, 0.7, 0.7])
     for record in records:

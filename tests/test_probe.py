@@ -107,7 +107,7 @@ def test_a_set_that_will_not_do_is_one_line(run_folder, tmp_path, capsys, make, 
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["nowhere"], "no checkpoint"), (["RUN", "--step", "3"], "no checkpoint of step 3"),
+    (["nowhere"], "nowhere has no checkpoint: give the folder of a run"), (["RUN", "--step", "3"], "no checkpoint of step 3"),
     (["RUN", "--num_train", "1"], "--num_train"), (["RUN", "--data.embedded", "cats"], "cats"),
 ])  # fmt: skip
 def test_a_run_that_will_not_do_is_one_line(run_folder, capsys, arguments, says):

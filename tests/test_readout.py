@@ -27,6 +27,20 @@ def test_it_does_not_depend_on_the_features_scale_and_repeats(series):
     assert readout(1e-4 * features + 3, classes) == pytest.approx(readout(features, classes), abs=0.01)
 
 
+def test_less_of_the_inputs_in_more_noise_reads_lower(series):
+    classes, features = pseudo_classes(series), description(series)[:, -5:]
+    features = features / features.std(0)
+    noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(4))
+    readings = [readout(features + size * noise, classes) for size in (0.0, 1.0, 4.0, 50.0)]
+    assert readings == sorted(readings, reverse=True) and readings[0] > readings[-1] + 0.2
+
+
+def test_features_that_are_all_equal_read_no_more_than_the_commonest_class(series):
+    classes = pseudo_classes(series)
+    commonest = sum(int(labels.bincount().max()) for labels in classes) / classes.numel()
+    assert readout(torch.ones(120, 4), classes) <= commonest + 1e-9
+
+
 def test_each_input_is_left_out_of_the_fit_that_predicts_it(series):
     """Features that could only be learnt by heart are worth nothing."""
     classes = pseudo_classes(series)

@@ -84,7 +84,7 @@ def test_a_sweep_runs_goes_on_and_concludes(tmp_path, monkeypatch, capsys):
     rows = list(csv.DictReader((tmp_path / "s/sweep.csv").open()))
     assert (
         [row["ema.decay"] for row in rows] == ["0.9", "1.0"]
-        and float(rows[0]["untrained"]) > 0
+        and all(0 < float(rows[0][name]) <= 1 for name in ("untrained", "best probe", "final probe"))
         and float(rows[0]["final loss"]) > 0
     )
     assert (tmp_path / "s/figure-5.png").exists() and (tmp_path / "s/figure-5.svg").exists()

@@ -9,6 +9,7 @@ from together import together
 from jepa_fast import checkpoint, train
 from jepa_fast.config import check, from_json, replace, to_json
 from jepa_fast.errors import UsageError
+from jepa_fast.model.jepa import token_loss
 from jepa_fast.model.targets import (
     EPS,
     FROM_BATCH,
@@ -158,6 +159,20 @@ def test_a_constant_of_each_position_has_no_skill(norm):
         skills = trivial_skills(loss, regression, x.flatten(0, 1), rows, rows, weight, "l2", (5,), centred=centred)
         found.append(float(skills["skill/constant"]))
     assert abs(sum(found) / len(found)) < 0.01  # off by 1/8 with the wrong correction
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1", "smooth_l1"])
+def test_skill_is_zero_for_the_best_constant_and_one_for_a_perfect_predictor(kind):
+    x = 2 * torch.randn(400, 6, 16, generator=torch.Generator().manual_seed(0))
+    rows, weight = torch.arange(400 * 6), torch.full((400 * 6,), 1 / (400 * 6))
+    centre = x.median(0, keepdim=True).values if kind == "l1" else x.mean(0, keepdim=True)
+    constant = token_loss(centre.expand_as(x), x, kind).mean()
+
+    def skill(loss):
+        return float(trivial_skills(loss, x, x.flatten(0, 1), rows, rows, weight, kind, (6,))["skill/constant"])
+
+    assert skill(constant) == pytest.approx(0, abs=0.01) and skill(torch.tensor(0.0)) == 1
+    assert skill(2 * constant) == pytest.approx(-1, abs=0.02)
 
 
 @pytest.mark.parametrize("norm", [*NORMS, True, False])

@@ -44,7 +44,7 @@ class CollapseMonitor:
     every: steps between records. spectral_every: steps between spectral norms of the drift; 0: as the examination.
     examination: what is measured on a fixed set (probes, spectra, mismatches), on a period of its own.
     start: None for a new log; on resume the number of the next step, and what was logged from there on is dropped.
-    say: told of every event, once; None: silence.
+    say: called with every event, once; None: silence.
 
     On several processes call it on all: values are averaged over them, the first writes. Everything stays on the
     device except on the steps of a record. Raises FileExistsError if the folder has a log and `start` is None.
@@ -74,7 +74,7 @@ class CollapseMonitor:
         self.world = parallel.here()
         self.log = _open(folder, start) if self.world.is_main else None
         self._detector = phase.Detector()
-        for record in self.records:  # of a log that goes on: its events are told already
+        for record in self.records:  # of a log that goes on: its events were reported already
             self._detector.add(record)
         self.step = start or 0  # of the next observation
         self.interval = Interval()
@@ -235,7 +235,7 @@ class CollapseMonitor:
             self._check_theory(record)
             self._announce(called)
         if self.identity:
-            self.identity.worst = None  # told
+            self.identity.worst = None  # reported
         return record
 
     def _check_theory(self, record: Record) -> None:

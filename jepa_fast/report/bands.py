@@ -51,7 +51,7 @@ def _estimated(records: Sequence[Record], last: int) -> list[Band]:
     kinds = {"collapse": "probably collapse", "degraded": "probably lost"}
     said = [(int(r["step"]), kinds.get(str(r.get("phase/state")), "")) for r in records if "phase/state" in r]
     runs = [(kind, next(steps)[0]) for kind, steps in groupby(said, key=lambda pair: pair[1])]
-    ends = [start for _, start in runs[1:]] + [last]
+    ends = [*(start for _, start in runs[1:]), last][: len(runs)]  # a log without states has none
     return [
         Band(kind, start, stop, i + 1 < len(runs))
         for i, ((kind, start), stop) in enumerate(zip(runs, ends, strict=True))

@@ -1,4 +1,4 @@
-"""What a report reads: the records and events of a run, whoever wrote them. In: a run folder. Out: records and events.
+"""What a report reads: the records and events of a run of any trainer. In: a run folder. Out: records and events.
 
 A log without `phase/state` (another project's, or an older version's) gets its states and events computed here, by the
 definition of today.
@@ -43,7 +43,7 @@ def looks(records: Sequence[Record]) -> list[phase.Look]:
 
 def cannot_tell(looked: Sequence[phase.Look]) -> bool:
     """Whether even a perfect probe would not be above the untrained encoder's by the margin: one class, few samples."""
-    return bool(looked) and looked[-1].reference + looked[-1].margin > 1
+    return bool(looked) and not looked[-1].decides
 
 
 def values(records: Sequence[Record], key: str) -> list[tuple[int, float]]:

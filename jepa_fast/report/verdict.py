@@ -31,13 +31,13 @@ def verdict(records: Sequence[Record], events: Sequence[Record], description: st
     if labelled:
         said = [_answer(events, looked), _probes(looked, values(records, "probe/majority"))]
     else:
-        said = [*_blind(looked), *_estimate(records, events)]
+        said = _blind(looked, _estimate(records, events)) if looked else _estimate(records, events)
     if lost is None:
         said.append(_loss_and_skill(records, events, curve))
-        said.append(_next(events, looked) if labelled else _next_without_labels(records))
+        said.append(_next(events, looked) if labelled else _next_without_labels(records, bool(looked)))
     else:
         said.append(
-            f"Next: go on from a checkpoint of before step {lost:,}; a lower learning rate is the usual first try."
+            f"Next: go on from a checkpoint from before step {lost:,}; a lower learning rate is the usual first try."
         )
     return " ".join([*_no_number(lost), *said, *limits])
 
@@ -51,13 +51,17 @@ def _answer(events: Sequence[Record], looked: Sequence[phase.Look]) -> str:
     if found is None and not turns:
         if len(looked) < 2:
             return "One look at the probes is not enough to say: two in a row decide."
+        if looked[-1].useful:
+            return (
+                f"Not decided yet: the features were useful at the last look, step {now:,}, and the next look decides."
+            )
         return f"Not yet in the collapse phase: up to step {now:,} the loss has not halved, and the features are not useful."
     if found is not None and found.get("end") is None:
         said = (
             f"In the collapse phase since step {found['step']:,}, {_share(now - found['step'], now)} of the run so far"
         )
         if looked[-1].useful:
-            return f"{said}; the last look was useful, and one more would end it."
+            return f"{said}; the features were useful at the last look, and a second such look in a row would end it."
         return f"{said}: the loss has halved, but the features are no better than an untrained encoder's."
     if found is None:
         said = f"No collapse phase: the features were useful from step {turns[0]['step']:,}, before the loss had halved"
@@ -66,13 +70,16 @@ def _answer(events: Sequence[Record], looked: Sequence[phase.Look]) -> str:
         said = f"Collapse phase from step {found['step']:,} to {found['end']:,}, {length} of the run"
     falls = [e["step"] for e in turns if e["kind"] == "degraded"]
     if not useful:
-        return f"{said}; the features were useful after that, and are not since step {falls[-1]:,}."
-    more = (
-        f", apart from {'a relapse' if len(falls) == 1 else f'{len(falls)} relapses'} from step {falls[0]:,}"
-        if falls
-        else ""
-    )
-    return f"{said}{'; over since' if found else ''}{more}."
+        return f"{said}; {'the features were useful after that, but' if found else 'they'} have not been since step {falls[-1]:,}."
+    return f"{said}{'; over since' if found else ''}{_relapses(falls, turns)}."
+
+
+def _relapses(falls: Sequence[int], turns: Sequence[Record]) -> str:
+    if not falls:
+        return ""
+    if len(falls) > 1:
+        return f", apart from {len(falls)} relapses, the last from step {falls[-1]:,} to {turns[-1]['step']:,}"
+    return f", apart from a relapse from step {falls[0]:,} to {turns[-1]['step']:,}"
 
 
 def _probes(looked: Sequence[phase.Look], majority: list[tuple[int, float]]) -> str:
@@ -113,14 +120,15 @@ def _next(events: Sequence[Record], looked: Sequence[phase.Look]) -> str:
 # ---- the answer, without labels ---------------------------------------------------------------------
 
 
-def _blind(looked: Sequence[phase.Look]) -> list[str]:
-    if not looked:
-        return []
-    last = looked[-1]
-    return [
-        f"The probe cannot show the phase: the untrained encoder has {last.untrained:.3f}, and with the margin of "
-        f"{last.margin:.3f} ({_tests(last)}) nothing could be better."
-    ]
+def _blind(looked: Sequence[phase.Look], estimate: list[str]) -> list[str]:
+    """Two sentences: why the probe says nothing, and the answer of the estimate."""
+    last, answer = looked[-1], estimate[0]
+    what = "majority class" if last.reference > last.untrained else "untrained encoder"
+    why = (
+        f"The probe cannot show the phase: even a perfect one would not be above the {what}'s {last.reference:.3f} by the "
+        f"margin of {last.margin:.3f} ({_tests(last)})."
+    )
+    return [why, answer if len(estimate) == 1 else f"Estimated without it: {answer[0].lower()}{answer[1:]}"]
 
 
 def _estimate(records: Sequence[Record], events: Sequence[Record]) -> list[str]:
@@ -131,6 +139,8 @@ def _estimate(records: Sequence[Record], events: Sequence[Record]) -> list[str]:
         return [_by_the_loss(events)]
     answer = _likely(records, events, max(now.values()))
     which = ", ".join(f"{_shown(p)} for the {name} encoder" for name, p in now.items())
+    if not any(key.startswith(("readout", "rankme")) for record in records for key in record):
+        which = _shown(max(now.values()))  # from the loss and the skill: one probability for the pair
     source = "without labels" if _has_signals(records) else "from the loss alone"
     return [answer, f"Estimated {source}, the probability that features beat an untrained encoder's is {which}."]
 
@@ -144,7 +154,7 @@ def _likely(records: Sequence[Record], events: Sequence[Record], p: float) -> st
     if state == "collapse":
         return f"{_probably(1 - p)} in the collapse phase since step {found[-1].start if found else since:,} (probability {_shown(1 - p)})."
     if state == "degraded":
-        return f"{_probably(1 - p)} useful features that were lost again from step {since:,} (probability {_shown(1 - p)})."
+        return f"The features were probably useful, and are {_probably(1 - p).lower()} not since step {since:,} (probability {_shown(1 - p)})."
     if state == "warmup":
         return f"Not yet in the collapse phase: the loss has not halved up to step {states[-1][0]:,}."
     said = _stretch(found)
@@ -176,7 +186,9 @@ def _by_the_loss(events: Sequence[Record]) -> str:
     return f"The loss alone does not tell the phase: {shape}."
 
 
-def _next_without_labels(records: Sequence[Record]) -> str:
+def _next_without_labels(records: Sequence[Record], looked: bool) -> str:
+    if looked:
+        return "Next: a probe on more test samples, or on classes that the untrained encoder tells apart less well, would settle it."
     if _has_signals(records):
         return "Next: a probe on labelled data would settle it."
     return "Next: log the predictor's skill and the readout (three lines with CollapseMonitor), or a probe on labelled data."
@@ -200,6 +212,8 @@ def _loss_and_skill(records: Sequence[Record], events: Sequence[Record], curve: 
     drop = last_of("late_drop", events)
     sudden = f" (suddenly down at step {drop['step']:,}: perhaps a partial collapse)" if drop else ""
     said = f"The loss fell {fell:.{0 if fell >= 10 else 1}f}x up to step {low.step:,}{after}{sudden}, which says nothing about the features"
+    if fell < 1.05:
+        said = "The loss has not fallen"
     skill, error = values(records, "skill/smooth"), values(records, "skill/error")
     if not skill:
         return f"{said}."

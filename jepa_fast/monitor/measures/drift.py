@@ -100,7 +100,7 @@ class Identity:
     """D_t = beta (D_{t-1} + theta_t - theta_{t-1}), checked on the weights of a live run.
 
     It is the recursion behind the bracket of theorem 4.2, D_t = beta Delta_t - (1 - beta) sum_l beta^{t-l} Delta_l, for
-    D_0 = 0. What may differ is rounding; the residual is told in units of what rounding can do at most.
+    D_0 = 0. What may differ is rounding; the residual is given in units of what rounding can do at most.
     """
 
     def __init__(self, ema: FusedEMA):

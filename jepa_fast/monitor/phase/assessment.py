@@ -63,7 +63,8 @@ class Assessor:
             return None
         self.last, now = step, int(step)
         self.events = self.facts.add(now, record)
-        self.labelled = self.labelled or look_of(record) is not None
+        look = look_of(record)
+        self.labelled = self.labelled or (look is not None and look.decides)
         estimate = self.estimator.add(now, record)
         self.state = self._by_probes() if self.labelled else self._by_estimate(estimate)
         self.events += self._suspicions(now, estimate)

@@ -45,6 +45,11 @@ class Look(NamedTuple):
     num_test: float | None  # test samples; None where the log does not say
 
     @property
+    def decides(self) -> bool:
+        """Whether a perfect probe would be useful: not with one class, or on a few test samples."""
+        return self.reference + self.margin <= 1
+
+    @property
     def better(self) -> str:
         return max(self.gaps, key=lambda name: self.gaps[name])
 
@@ -111,7 +116,7 @@ class Facts:
     def add(self, step: int, record: Record) -> list[Event]:
         self.loss.add(step, record)
         look, called = look_of(record), []
-        if look is not None:
+        if look is not None and look.decides:
             called = self._look(look)
         if self.begun is None and not self.over and self.loss.at is not None and self.useful is False and not self.row:
             self.begun = self.loss.at
