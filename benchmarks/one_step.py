@@ -11,6 +11,7 @@ from torch import Tensor
 from jepa_fast import optim, parallel
 from jepa_fast.config import Config, replace
 from jepa_fast.ema import TargetEMA
+from jepa_fast.inputs import find
 from jepa_fast.masks.ladder import ladder
 from jepa_fast.masks.packing import plan
 from jepa_fast.masks.sample import sample_masks
@@ -44,11 +45,7 @@ class OneStep:
         self.masks = plan(masks, self.config.num_tokens, rungs).to(device)
 
     def images(self, count: int, seed: int = 0) -> Tensor:
-        data, generator = self.config.data, torch.Generator().manual_seed(seed)
-        if data.kind == "series":
-            return torch.randn(count, data.channels, data.series_length, generator=generator)
-        shape = (count, data.channels, data.image_size, data.image_size)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        return find(self.config.data.kind).example(self.config, count, torch.Generator().manual_seed(seed))
 
     def forward(self) -> Output:
         with parallel.precision(self.config, self.world):

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import figures
 
 from jepa_fast.config import Config, flatten, get
+from jepa_fast.inputs import find
 from jepa_fast.monitor import phase
 from jepa_fast.presets import PRESETS
 from jepa_fast.report import verdict
@@ -64,7 +65,7 @@ def _recipe(name: str) -> str:
     make = PRESETS[name]
     config, default = make(), Config()
     first, _, rest = inspect.getdoc(make).partition("\n")
-    kind = "I-JEPA" if config.data.kind == "images" else "TS-JEPA"
+    kind = find(config.data.kind).method
     facts = [
         ("tokens", f"{config.num_tokens} ({' x '.join(map(str, config.grid))})"),
         ("model", f"{kind}, encoder {config.model.width} x {config.model.depth}, {config.model.heads} heads"),

@@ -28,6 +28,7 @@ from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.sample import BadSample, Source
 from jepa_fast.data.sources import evaluated
 from jepa_fast.errors import UsageError
+from jepa_fast.inputs import find
 from jepa_fast.interop import Pretrained, load_encoder
 from jepa_fast.model.jepa import initialise
 from jepa_fast.model.vit import Encoder
@@ -237,15 +238,9 @@ def _batches(
 
 
 def _check_shape(encoder: Encoder, shape: tuple[int, ...]) -> None:
-    size, numbers = encoder.tokenizer.size, encoder.patch_embed.in_features
-    if encoder.tokenizer.kind == "series":
-        fits = len(shape) == 2 and shape[0] * (shape[1] // size) == numbers
-        wanted = f"series of C channels and L samples with C * (L // {size}) = {numbers}"
-    else:
-        fits = len(shape) == 3 and shape[0] * size**2 == numbers and not (shape[1] % size or shape[2] % size)
-        side = math.isqrt(len(encoder.positions)) * size
-        wanted = f"images of {numbers // size**2} channel(s) and {side} x {side} pixels"
-    if not fits:
+    kind = find(encoder.tokenizer.kind)
+    wanted = kind.misfit(shape, encoder.tokenizer.size, encoder.patch_embed.in_features, len(encoder.positions))
+    if wanted:
         raise UsageError(f"samples of shape {list(shape)} do not fit this encoder: it takes {wanted}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast import checkpoint, log, optim, parallel, preemption, rundir, schedules
+from jepa_fast import checkpoint, inputs, log, optim, parallel, preemption, rundir, schedules
 from jepa_fast.clock import Clock
 from jepa_fast.config import Config, check, get, replace
 from jepa_fast.data.dataset import Dataset, open_dataset
@@ -125,10 +125,8 @@ def _forwarded(config: Config, world: World) -> int:
 
 
 def _fitted(config: Config, dataset: Dataset) -> Config:
-    """The configuration with length and channels of a series taken from the data: where it leaves them open, or names a set."""
-    if config.data.kind != "series":
-        return config
-    for name, held in (("data.channels", dataset.shape[0]), ("data.series_length", dataset.shape[1])):
+    """The configuration with what the data decide, such as the length of a series: where it leaves that open, or names a set."""
+    for name, held in inputs.find(config.data.kind).from_data(config, dataset.shape).items():
         asked = get(config, name)
         if asked not in (0, held) and not ucr.named(config.data.path):
             raise UsageError(

@@ -18,6 +18,7 @@ import torch
 
 from jepa_fast.config import Config, check, replace
 from jepa_fast.errors import UsageError, one_line_errors
+from jepa_fast.inputs import find
 from jepa_fast.masks import packing
 from jepa_fast.masks.packing import MaskPlan
 from jepa_fast.masks.sample import sample_masks
@@ -217,8 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.share < 1:
         raise UsageError(f"--share is {args.share}: give at least 1")
     config = preset(args.preset)
-    if config.data.kind == "series" and not config.data.series_length:
-        config = replace(config, {"data.series_length": 500, "data.channels": 1})
+    config = replace(config, find(config.data.kind).assumed(config))
     changes = {"masks.mode": args.mode or config.masks.mode, "train.precision": "bf16", "model.residual": args.residual}
     config = check(replace(config, changes))
     print(table(config, args.share))

@@ -23,6 +23,7 @@ from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.sample import BadSample, Source
 from jepa_fast.data.sources import evaluated
 from jepa_fast.errors import UsageError, one_line_errors, reading
+from jepa_fast.inputs import find
 from jepa_fast.interop.pretrained import build, configuration
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import probes
@@ -115,9 +116,7 @@ def probe(folder: Path, changes: dict[str, Any], step: int | None, num_train: in
     dataset = open_dataset(on, typed="data.path" in changes)
     if dataset.probe_train is None or dataset.probe_test is None:
         raise UsageError(f"{dataset.description}: a probe needs labels; give a labelled set with --data.path")
-    expected = (config.data.channels, *((config.data.image_size,) * 2 if config.data.kind == "images" else ()))
-    if config.data.kind == "series":
-        expected = (config.data.channels, config.data.series_length)
+    expected = find(config.data.kind).shape(config)
     if dataset.shape != expected:
         raise UsageError(
             f"samples of {dataset.description.split(':')[0]} are {list(dataset.shape)}, the encoder takes {list(expected)}: give a set of that shape"

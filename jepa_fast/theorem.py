@@ -21,7 +21,7 @@ from jepa_fast import rundir
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.sources import fixed_draw
 from jepa_fast.errors import UsageError, one_line_errors
-from jepa_fast.model.tokens import patchify_series
+from jepa_fast.inputs.series import patchify_series
 from jepa_fast.monitor import CollapseMonitor
 from jepa_fast.presets import preset
 

@@ -16,6 +16,7 @@ from jepa_fast.config import Config, Data, Masks, replace
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.sources import fixed_draw
 from jepa_fast.errors import UsageError
+from jepa_fast.inputs import find
 from jepa_fast.interop import load_jepa, load_official
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor.fixed_masks import FixedMasks
@@ -100,11 +101,11 @@ def predictor_skill(
         config = replace(config, {"data.path": str(data), "data.embedded": "", "data.label_filter": ""})
     dataset = open_dataset(config, typed=data is not None)
     inputs = fixed_draw(dataset.probe_test or dataset.train, num_inputs)[0]
-    size = (config.data.image_size,) * 2 if config.data.kind == "images" else (config.data.series_length,)
-    if inputs.shape[1:] != (config.data.channels, *size):
+    shape = find(config.data.kind).shape(config)
+    if inputs.shape[1:] != shape:
         raise UsageError(
-            f"{data or 'the data'}: samples of shape {list(inputs.shape[1:])}, but {path} takes "
-            f"{[config.data.channels, *size]}: give data of that shape"
+            f"{data or 'the data'}: samples of shape {list(inputs.shape[1:])}, but {path} takes {list(shape)}: "
+            f"give data of that shape"
         )
     return measure(jepa, config, inputs, batch_size, torch.device(device))
 

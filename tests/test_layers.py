@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # `data.shards` is a line of its own, `data` stands for what lies in the folder itself.
 STAGES = [
     {"errors", "bounded", "pickles", "cores", "extension", "__version__"},
+    {"inputs"},
     {"config"},
     {"presets", "schedules", "log", "checkpoint"},
     {"masks"},
@@ -39,8 +40,15 @@ def modules(package):
     return sorted((ROOT / package).rglob("*.py"))
 
 
+def _for_annotations(block):
+    return isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+
+
 def imports(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+    """Dotted names of what is imported, but for what is needed for annotations alone."""
+    tree = ast.parse(file.read_text())
+    annotations = {n for block in tree.body if _for_annotations(block) for n in ast.walk(block)}
+    for node in set(ast.walk(tree)) - annotations:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -228,7 +228,7 @@ def test_tensors_may_have_half_the_bits_or_a_gradient(tmp_path):
 def test_shards_are_normalised_by_their_training_part_as_files_are(tmp_path):
     from jepa_fast.config import replace
     from jepa_fast.data.dataset import open_dataset
-    from jepa_fast.data.readers import from_shards
+    from jepa_fast.data.readers import from_series
     from jepa_fast.data.shards.writer import write_shards
     from jepa_fast.presets import preset
 
@@ -243,7 +243,7 @@ def test_shards_are_normalised_by_their_training_part_as_files_are(tmp_path):
     config = replace(preset("series"), {"data.series_norm": "train", "data.path": str(tmp_path / "train.npy")})
     by_file = open_dataset(config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(from_shards, "AT_A_TIME", 4)
+        patch.setattr(from_series, "AT_A_TIME", 4)
         by_shard = open_dataset(replace(config, {"data.path": str(tmp_path / "set")}))
     assert len(by_file.train) == len(by_shard.train) == 50
     for i in (0, 6, 8, 49):

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from jepa_fast.config import check, replace
+from jepa_fast.inputs.images import patchify_images
+from jepa_fast.inputs.series import patchify_series
 from jepa_fast.model.jepa import JEPA
-from jepa_fast.model.tokens import patchify_images, patchify_series, sincos_table
+from jepa_fast.model.tokens import sincos_table
 from jepa_fast.presets import preset
 
 

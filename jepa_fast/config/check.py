@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from jepa_fast import inputs
 from jepa_fast.config.names import flatten, get
 from jepa_fast.config.sections import Config
 from jepa_fast.errors import UsageError
@@ -169,38 +170,10 @@ def _check_geometry(c: Config) -> None:
     _require(
         not m.cuda_graphs or m.compile != "off", "model.cuda_graphs", m.cuda_graphs, "needs --model.compile on or auto"
     )
-    if c.data.kind == "images":
-        _require(c.data.channels in (1, 3), "data.channels", c.data.channels, "give 1 (grey) or 3 (colour)")
-        _require(
-            c.data.image_size % m.patch == 0,
-            "data.image_size",
-            c.data.image_size,
-            f"--model.patch {m.patch} must divide it",
-        )
-        _require(
-            len(c.data.mean) == len(c.data.std) == c.data.channels,
-            "data.mean",
-            c.data.mean,
-            f"give --data.channels ({c.data.channels}) numbers, and as many for --data.std",
-        )
-        _require(all(s > 0 for s in c.data.std), "data.std", c.data.std, "give numbers above 0")
-        _require(
-            c.masks.mode not in ("random", "bernoulli") or c.num_tokens >= 2,
-            "masks.mode",
-            c.masks.mode,
-            "needs at least two tokens",
-        )
-    else:
-        _require(c.data.decoder == "cpu", "data.decoder", c.data.decoder, "a series is no JPEG; leave it out")
-        _require(
-            c.masks.mode in ("random", "bernoulli"), "masks.mode", c.masks.mode, "a series takes random or bernoulli"
-        )
-        _require(
-            not c.data.series_length or c.data.series_length >= m.num_patches,
-            "data.series_length",
-            c.data.series_length,
-            f"shorter than --model.num_patches {m.num_patches}: give fewer patches",
-        )
+    kind = inputs.find(c.data.kind)
+    allowed = f"{kind.name} take {', '.join(kind.mask_modes)}"
+    _require(c.masks.mode in kind.mask_modes, "masks.mode", c.masks.mode, allowed)
+    kind.check(c, _require)
     if c.masks.mode == "random":
         for name in ("masks.ratio",) if c.masks.schedule == "constant" else ("masks.ratio", "masks.final_ratio"):
             hidden = int(get(c, name) * c.num_tokens)

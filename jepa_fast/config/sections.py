@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jepa_fast import inputs
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -19,7 +21,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Data:
-    kind: Literal["images", "series"] = "series"
+    kind: str = "series"
+    """images or series."""
     path: str = ""
     """Shards (a folder of .tar, a brace pattern, a glob, URLs), an image folder, CIFAR batches, a series file, ucr:NAME (a
     set of the UCR archive); several joined by `::`, or as lines of a .txt file. Empty: `embedded`."""
@@ -334,9 +337,7 @@ class Config:
     @property
     def grid(self) -> tuple[int, ...]:
         """Tokens along each axis: (rows, columns) of an image, (patches,) of a series."""
-        if self.data.kind == "images":
-            return (self.data.image_size // self.model.patch,) * 2
-        return (self.model.num_patches,)
+        return inputs.find(self.data.kind).grid(self)
 
     @property
     def num_tokens(self) -> int:
@@ -345,6 +346,4 @@ class Config:
     @property
     def patch_dim(self) -> int:
         """Numbers in one patch."""
-        if self.data.kind == "images":
-            return self.data.channels * self.model.patch**2
-        return self.data.channels * (self.data.series_length // self.model.num_patches)
+        return inputs.find(self.data.kind).patch_dim(self)

@@ -5,17 +5,14 @@ In: the `data` section of a configuration. Out: a Dataset of Sources.
 
 import os
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from jepa_fast.config import Config, Data
 from jepa_fast.data.opened import Parts, digest
-from jepa_fast.data.readers import cifar, generated, image_folder, series, series_folder, ucr
-from jepa_fast.data.readers.from_series import open_series
+from jepa_fast.data.readers import generated, ucr
+from jepa_fast.data.readers.by_kind import reader_of
 from jepa_fast.data.readers.from_shards import open_shards, open_stream
-from jepa_fast.data.readers.images import ImageSource
 from jepa_fast.data.sample import TRUSTED, Bad, BadSample, Source
 from jepa_fast.data.shards import paths
 from jepa_fast.data.sources import Joined, Subset, evaluated
@@ -80,17 +77,11 @@ def _open(path: str, data: Data, seed: int) -> Parts:
 def _open_one(path: str, data: Data) -> Parts:
     if paths.is_shards(path):
         return open_shards(path, data)
-    if ucr.named(path):
-        if data.kind == "images":
-            raise UsageError(
-                f"--data.path {path} names series; give a preset for series: python -m jepa_fast.train series --data.path {path}"
-            )
-        return open_series(path, data)
-    if not os.path.exists(path):
+    if not ucr.named(path) and not os.path.exists(path):
         raise UsageError(
             f"--data.path {path} does not exist" + (f"; put there {data.hint}" if data.hint else "; check the path")
         )
-    return _open_images(path, data) if data.kind == "images" else _open_series(path, data)
+    return reader_of(data).open_files(path, data)
 
 
 def _join(found: list[str], parts: list[Parts], data: Data) -> Parts:
@@ -203,45 +194,3 @@ def _shape(source: Source) -> tuple[int, ...]:
         except BadSample as error:
             trouble = error
     raise UsageError(f"none of the first samples can be read; {source.key(0)}: {trouble}")
-
-
-def _open_images(path: str, data: Data) -> Parts:
-    if os.path.isdir(path):
-        batches = cifar.find(Path(path))
-        return _open_cifar(batches, data) if batches else image_folder.open_folder(Path(path), data)
-    other = (
-        f"; for a file of series: python -m jepa_fast.train series --data.path {path}"
-        if path.endswith(series.SUFFIXES)
-        else ""
-    )
-    if path.endswith((".tar.gz", ".tgz")):
-        other = "; a compressed tar cannot be read at random: gunzip it"
-    raise UsageError(f"--data.path {path} is not a folder of images, shards (.tar) or CIFAR batches{other}")
-
-
-def _open_cifar(folder: Path, data: Data) -> Parts:
-    contents, sources = {}, []
-    for split, (pixels, labels) in cifar.load(folder).items():
-        contents[split] = f"{len(pixels)} images {digest(pixels.tobytes(), labels.tobytes())}"
-        if data.channels == 1:
-            pixels = np.rint(pixels @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
-        sources.append(ImageSource(pixels.__getitem__, partial("{}:{}".format, split), len(pixels), labels, data))
-    return Parts(sources[0], sources[1], contents)
-
-
-def _open_series(path: str, data: Data) -> Parts:
-    folder = Path(path)
-    if (
-        folder.is_dir()
-        and not series_folder.is_folder_of_series(folder)
-        and not any(f.endswith(series.SUFFIXES) for f in os.listdir(path))
-    ):
-        images = (
-            f"; for images: python -m jepa_fast.train images --data.path {path}"
-            if image_folder.images_under(folder)
-            else "; put them there"
-        )
-        raise UsageError(
-            f"--data.path {path} holds no file of series ({', '.join(series.SUFFIXES)}) and no .tar{images}"
-        )
-    return open_series(path, data)

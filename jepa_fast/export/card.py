@@ -9,6 +9,7 @@ from jepa_fast import __version__
 from jepa_fast.bounded import shown
 from jepa_fast.config import Config
 from jepa_fast.data.readers.generated import SETS
+from jepa_fast.inputs import find
 from jepa_fast.interop import Pretrained
 from jepa_fast.interop.vit import timm_arguments
 from jepa_fast.log import read
@@ -45,7 +46,7 @@ def card(found: Pretrained, run: Path, format: str) -> str:
     other = "" if format == "official" else _other(found.which)
     return f"""---
 library_name: {library}
-tags: [jepa, {"i-jepa" if config.data.kind == "images" else "ts-jepa"}, self-supervised, feature-extraction]
+tags: [jepa, {find(config.data.kind).method.lower()}, self-supervised, feature-extraction]
 ---
 # {plain(config.preset)}: {held.replace("*", "")}
 
@@ -65,7 +66,7 @@ This holds {held} of a JEPA after {found.step:,} optimizer steps. {other}
 
 ## Preprocessing
 
-{_preprocessing(config)}
+{find(config.data.kind).preprocessing(config)}
 
 ## Loading
 
@@ -101,25 +102,6 @@ def _probes(records: list[dict[str, Any]], step: int) -> str:
             ("the same encoder, untrained", "probe/untrained"), ("always the most common class", "probe/majority")]  # fmt: skip
     table = "\n".join(f"| {name} | {last[key]:.3f} |" for name, key in rows if isinstance(last.get(key), float))
     return f"Accuracy of a linear probe on frozen, average-pooled features, at step {last['step']:,}:\n\n| | |\n|---|---|\n{table}"
-
-
-def _preprocessing(config: Config) -> str:
-    data = config.data
-    if data.kind == "series":
-        how = {
-            "per_series": "z-normalised by itself",
-            "train": "z-normalised by the training set's statistics",
-            "none": "as it is",
-        }
-        return f"Series of {data.channels} channel(s) and {data.series_length} samples, each {how[data.series_norm]}, cut into {config.model.num_patches} patches."
-    sized = f"resized to {data.image_size} x {data.image_size} pixels (bilinear)"
-    if data.random_crop:
-        shorter = round(data.image_size * 256 / 224)
-        sized = f"resized to {shorter} pixels on the shorter side (bilinear), the middle {data.image_size} x {data.image_size} cut out"
-    colour = "grey" if data.channels == 1 else "RGB"
-    return (
-        f"Images {sized}, {colour}, divided by 255, then minus mean {list(data.mean)}, divided by std {list(data.std)}."
-    )
 
 
 def _commit() -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast.config import Config
+from jepa_fast.inputs import find
 from jepa_fast.masks.ladder import Ladder, longest, spares
 from jepa_fast.masks.packing import MaskPlan, plan
 from jepa_fast.masks.sample import MaskBatch, sample_masks
@@ -69,10 +70,7 @@ def warm_up(
             learn(partial(_encode, jepa, each.to(device)))
         for each in _predictors(config, ladder, share, usual.num_targets):
             learn(partial(_predict, jepa, each.to(device)))
-    data = config.data
-    shape = (data.image_size,) * 2 if data.kind == "images" else (data.series_length,)
-    dtype = torch.uint8 if data.kind == "images" else torch.float32
-    inputs = torch.zeros(share, data.channels, *shape, dtype=dtype, device=device)
+    inputs = find(config.data.kind).example(config, share).to(device)
     masks = plan(usual, config.num_tokens, ladder).to(device)
     learn(lambda: model(inputs, masks).loss)
     return passes

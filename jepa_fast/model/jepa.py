@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast.config import Config, Model
+from jepa_fast.inputs import find
 from jepa_fast.masks.packing import MaskPlan
 from jepa_fast.model.predictor import Predictor
 from jepa_fast.model.regularizers import Regularizer, pool
@@ -114,7 +115,7 @@ def token_loss(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
 
 def _encoder(config: Config) -> Encoder:
     data, model = config.data, config.model
-    size = model.patch if data.kind == "images" else model.num_patches
+    size = find(data.kind).patch_size(config)
     return Encoder(
         Tokenizer(data.kind, size, data.mean, data.std), config.grid, config.patch_dim,
         width=model.width, depth=model.depth, heads=model.heads, mlp_ratio=model.mlp_ratio, eps=model.norm_eps,

@@ -10,6 +10,7 @@ from torch import nn
 
 from jepa_fast.config import Config, Parallel, replace
 from jepa_fast.flops import EMA_BYTES, STATE_BYTES, activation_bytes
+from jepa_fast.inputs import find
 from jepa_fast.masks.ladder import ladder
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.parallel.world import World, check_split
@@ -136,10 +137,8 @@ def _count(config: Config) -> tuple[int, int]:
 
 
 def _sized(config: Config) -> Config:
-    """Length and channels of a series, where the data would tell them."""
-    fallback = {"data.channels": 1, "data.series_length": 50 * config.model.num_patches}
-    open_fields = {name: value for name, value in fallback.items() if not getattr(config.data, name.split(".")[1])}
-    return replace(config, open_fields)
+    """With sizes assumed that the data would decide."""
+    return replace(config, find(config.data.kind).assumed(config))
 
 
 def _activations(config: Config, inputs: int) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jepa_fast import cores
-from jepa_fast.data.readers import from_shards, images, series
+from jepa_fast.data.readers import from_series, images, series
 from jepa_fast.data.sample import BadSample
 from jepa_fast.data.shards import paths
 from jepa_fast.data.shards.reader import Shards
@@ -50,7 +50,7 @@ def verify(held: Shards, workers: int, progress: Callable[[int, int], None]) -> 
     for where in held.repeated:
         yield Trouble(where, "the key occurs before in this shard", False)
     labels = held.labels
-    shape = from_shards.common_shape(held) if held.payload(0) == "npy" else ()
+    shape = from_series.common_shape(held) if held.payload(0) == "npy" else ()
     starts = range(0, len(held), AT_A_TIME)
     with ThreadPoolExecutor(workers or cores.usable()) as pool:
         for start, found in zip(starts, pool.map(lambda s: _verify_some(held, labels, shape, s), starts), strict=True):

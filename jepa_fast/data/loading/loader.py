@@ -33,6 +33,7 @@ from jepa_fast.data.sample import TRUSTED, Bad, BadSample, Encoded, Source
 from jepa_fast.data.shards.streams import Arrival, Stream
 from jepa_fast.data.sources import Joined
 from jepa_fast.errors import UsageError
+from jepa_fast.inputs import find
 from jepa_fast.masks import packing
 from jepa_fast.masks.ladder import Ladder
 from jepa_fast.masks.sample import sample_masks
@@ -222,17 +223,21 @@ class Loader:
     def _buffer(self, epoch: int, sample: int) -> Tensor:
         """Memory for the inputs of one batch."""
         if self._shape is None:
-            data = self.config.data
-            image = np.empty((data.channels, data.image_size, data.image_size), np.uint8)
-            first = image if data.kind == "images" else self._load(epoch, sample)[0]
-            assert isinstance(first, np.ndarray)
-            self._shape = ((self.rows.stop - self.rows.start, *first.shape), first.dtype)
+            kind = find(self.config.data.kind)
+            shape, dtype = kind.shape(self.config), torch.empty(0, dtype=kind.dtype).numpy().dtype
+            if not kind.augmented:  # as the files have it
+                first = self._load(epoch, sample)[0]
+                assert isinstance(first, np.ndarray)
+                shape, dtype = first.shape, first.dtype
+            self._shape = ((self.rows.stop - self.rows.start, *shape), dtype)
         if not self._pin or self._decoder is not None:
             self._memory = self._memory or Memory(*self._shape)
             return self._memory.take()
         if self._ring is None:
-            shape, dtype = self._shape[0], torch.from_numpy(np.empty(0, self._shape[1])).dtype
-            self._ring = Ring(AHEAD + IN_WORK + 2, lambda: torch.empty(shape, dtype=dtype, pin_memory=True), cuda_mark)
+            whole, kept_as = self._shape[0], torch.from_numpy(np.empty(0, self._shape[1])).dtype
+            self._ring = Ring(
+                AHEAD + IN_WORK + 2, lambda: torch.empty(whole, dtype=kept_as, pin_memory=True), cuda_mark
+            )
         while not self._closing.is_set():
             buffer = self._ring.take(timeout=0.1)
             if buffer is not None:

@@ -15,6 +15,7 @@ from jepa_fast.data.sample import Bad, BadSample, Source
 from jepa_fast.data.shards.streams import Stream
 from jepa_fast.data.sources import evaluated
 from jepa_fast.errors import UsageError
+from jepa_fast.inputs import find
 
 SHARE = 0.1  # of the device's free memory that `auto` takes for data
 
@@ -52,12 +53,12 @@ class Kept:
 
 def keeps(source: Source, data: Data, device: torch.device) -> tuple[bool, str]:
     """(whether the samples are to be kept on `device`, a line that says so and why). Raises UsageError if they cannot be."""
-    if data.kind != "series" or isinstance(source, Stream) or data.keep_on == "host":
+    if find(data.kind).augmented or isinstance(source, Stream) or data.keep_on == "host":
         return False, ""
     if data.keep_on == "auto" and device.type != "cuda":
         return False, ""
     size, free = len(source) * _bytes_of_one(source), _free(device)
-    about = f"series: {size / 1e6:,.0f} MB, {free / 1e9:,.1f} GB free on {device}"
+    about = f"{data.kind}: {size / 1e6:,.0f} MB, {free / 1e9:,.1f} GB free on {device}"
     if data.keep_on == "device":
         if size > 0.9 * free:
             raise UsageError(f"--data.keep_on device: {about}, which is too little; use host")

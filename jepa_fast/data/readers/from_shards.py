@@ -1,19 +1,13 @@
 """Shards, on this machine or remote, as sources: payloads, class numbers, and the classes one wants to keep."""
 
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from jepa_fast import cores
 from jepa_fast.config import Data
 from jepa_fast.data.opened import Parts, digest
-from jepa_fast.data.readers import series
-from jepa_fast.data.readers.images import ImageSource
-from jepa_fast.data.readers.series import SeriesSource, Statistics
-from jepa_fast.data.sample import TRUSTED, BadSample, Source
+from jepa_fast.data.readers.by_kind import reader_of
+from jepa_fast.data.sample import TRUSTED, Source
 from jepa_fast.data.shards import paths
 from jepa_fast.data.shards.index import Index
 from jepa_fast.data.shards.reader import Shards, short_names
@@ -22,8 +16,6 @@ from jepa_fast.data.shards.streams import PROMISE, Stream, bring
 from jepa_fast.data.sources import Joined, Lost, Subset
 from jepa_fast.errors import UsageError
 
-AT_A_TIME = 256  # series a thread takes at once
-
 
 def open_shards(path: str, data: Data) -> Parts:
     """The shards that `path` means. Raises UsageError."""
@@ -31,13 +23,13 @@ def open_shards(path: str, data: Data) -> Parts:
     splits = [split for split in (found["train"], found["test"]) if split.files]
     names = iter(short_names([file for split in splits for file in split.files]))
     held = [Shards(s.files, s.lengths, [next(names) for _ in s.files]) for s in splits]
+    reader = reader_of(data)
     for part in held:
-        _refuse_other_kind(part, path, data)
+        reader.refuse_other_payload(part, path)
     _refuse_too_many_damaged(held, data.max_bad_share)
     labels = _labels(held)
-    shape = common_shape(held[0]) if data.kind == "series" else ()
-    train = _statistics(held[0], shape) if data.kind == "series" and data.series_norm == "train" else None
-    sources = [_source(part, classes, data, shape, train) for part, classes in zip(held, labels, strict=True)]
+    source = reader.of_shards(held[0], data)
+    sources = [source(part, classes) for part, classes in zip(held, labels, strict=True)]
     contents = {
         f"{split}/{name}": what
         for split, part in zip(("train", "test"), held, strict=False)
@@ -52,38 +44,28 @@ def open_shards(path: str, data: Data) -> Parts:
 
 def open_stream(path: str, data: Data, seed: int) -> Parts:
     """The remote shards that `path` means, all of them for training. Raises UsageError."""
-    if data.kind == "series" and data.series_norm == "train":
-        raise UsageError(
-            "--data.series_norm train needs shards on this machine; copy them first: python -m jepa_fast.shards"
-        )
+    reader = reader_of(data)
+    reader.refuse_stream(data)
     if data.label_filter:
         raise UsageError(
             "--data.label_filter needs shards on this machine; copy them first: python -m jepa_fast.shards"
         )
     urls = [url for entry in paths.entries(path) for url in paths.expand(entry)]
     first = Shards([bring(urls[0])], names=urls[:1])
-    _refuse_other_kind(first, path, data)
+    reader.refuse_other_payload(first, path)
     known = _labels([first])[0]
-    shape = common_shape(first) if data.kind == "series" else ()
+    source = reader.of_shards(first, data)
 
     def opened(held: Shards) -> Source:
-        whole = _source(held, None, data, shape)
+        whole = source(held, None)
         return Joined([whole, Lost(held.lost)], ["", ""]) if held.lost else whole
 
     stream = Stream(
-        urls, opened, _source(first, known, data, shape),
+        urls, opened, source(first, known),
         data.num_samples or len(first) * len(urls), seed,
     )  # fmt: skip
     about = "" if data.num_samples else f"; --data.num_samples is not given, {len(stream)} taken from the first shard"
     return Parts(stream, None, dict.fromkeys(urls, "remote"), [], [PROMISE + about])
-
-
-def _refuse_other_kind(part: Shards, path: str, data: Data) -> None:
-    if (part.payload(0) == "npy") != (data.kind == "series"):
-        kind = "series" if part.payload(0) == "npy" else "images"
-        raise UsageError(
-            f"the shards of --data.path {path} hold .{part.payload(0)} samples: use a preset for {kind}, as in python -m jepa_fast.train {kind} --data.path {path}"
-        )
 
 
 def _refuse_too_many_damaged(held: list[Shards], share: float) -> None:
@@ -153,56 +135,6 @@ def _behind(index: Index, told: int) -> str:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _source(
-    held: Shards, labels: np.ndarray | None, data: Data, shape: tuple[int, ...] = (), train: Statistics | None = None
-) -> Source:
-    """`shape`: of a series, [C, L]; of the most common one, where it is left out. `train`: see series.normalise."""
-    if data.kind == "images":
-        return ImageSource(held.read, held.key, len(held), labels, data, held.prepare)
-    read = partial(_read_series, held, data, shape or common_shape(held), train)
-    return SeriesSource(read, held.key, len(held), labels, held.prepare)
-
-
-def _read_series(held: Shards, data: Data, shape: tuple[int, ...], train: Statistics | None, sample: int) -> np.ndarray:
-    return series.normalise(series.array(held.read(sample), shape)[None], data.series_norm, train)[0]
-
-
-def _statistics(held: Shards, shape: tuple[int, ...]) -> Statistics:
-    """Mean and standard deviation of the series that can be used, each read once (Chan, Golub, LeVeque 1979)."""
-
-    def moments(start: int) -> tuple[int, np.ndarray, np.ndarray]:
-        usable: list[np.ndarray] = []
-        for sample in range(start, min(start + AT_A_TIME, len(held))):
-            with suppress(BadSample):
-                values = series.array(held.read(sample), shape)
-                usable += [values] if np.isfinite(values).all() else []
-        if not usable:
-            return 0, np.zeros(1), np.zeros(1)
-        mean, std = series.statistics(np.stack(usable))
-        return len(usable), mean, std**2
-
-    count, mean, variance = 0, np.zeros(1), np.zeros(1)
-    with ThreadPoolExecutor(cores.usable()) as pool:
-        for more, its_mean, its_variance in pool.map(moments, range(0, len(held), AT_A_TIME)):
-            if more:
-                share = more / (count + more)
-                apart = its_mean - mean
-                variance = variance + share * (its_variance - variance + (1 - share) * apart**2)
-                mean, count = mean + share * apart, count + more
-    return mean, np.sqrt(variance)
-
-
-def common_shape(held: Shards) -> tuple[int, ...]:
-    """The shape [C, L] of a series that has as many bytes as most; () if the first of them cannot be read."""
-    _, inverse, counts = np.unique(
-        np.concatenate([part.rows["length"] for part in held.indexes]), return_inverse=True, return_counts=True
-    )
-    for sample in np.flatnonzero(inverse == counts.argmax())[:100].tolist():
-        with suppress(BadSample):
-            return series.array(held.read(sample)).shape
-    return ()
 
 
 def _filtered(sources: list[Source], held: list[Shards], label_filter: str) -> list[Source]:

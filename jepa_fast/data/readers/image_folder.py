@@ -1,8 +1,8 @@
-"""Image folders: train/ and val/ (or test/) of class folders, class folders, or just images."""
+"""Images as sources: folders (train/ and val/ of class folders, class folders, or just images), CIFAR batches, shards."""
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +11,34 @@ import numpy as np
 from jepa_fast.bounded import read_bytes, shown
 from jepa_fast.config import Data
 from jepa_fast.data.opened import Parts, digest
-from jepa_fast.data.readers import series
+from jepa_fast.data.readers import cifar, series, ucr
 from jepa_fast.data.readers.images import ImageSource
 from jepa_fast.data.sample import BadSample, Source
-from jepa_fast.data.shards.samples import PAYLOADS
+from jepa_fast.data.shards import samples
+from jepa_fast.data.shards.reader import Shards
 from jepa_fast.errors import UsageError
 
-SUFFIXES = tuple(f".{name}" for name in PAYLOADS if name != "npy")
+PAYLOADS = tuple(name for name in samples.PAYLOADS if name != "npy")
+SUFFIXES = tuple(f".{name}" for name in PAYLOADS)
+
+
+def open_images(path: str, data: Data) -> Parts:
+    """The image folder or CIFAR batches at `path`. Raises UsageError."""
+    if ucr.named(path):
+        raise UsageError(
+            f"--data.path {path} names series; give a preset for series: python -m jepa_fast.train series --data.path {path}"
+        )
+    if os.path.isdir(path):
+        batches = cifar.find(Path(path))
+        return _open_cifar(batches, data) if batches else open_folder(Path(path), data)
+    other = (
+        f"; for a file of series: python -m jepa_fast.train series --data.path {path}"
+        if path.endswith(series.SUFFIXES)
+        else ""
+    )
+    if path.endswith((".tar.gz", ".tgz")):
+        other = "; a compressed tar cannot be read at random: gunzip it"
+    raise UsageError(f"--data.path {path} is not a folder of images, shards (.tar) or CIFAR batches{other}")
 
 
 # What people call their splits, in any case, with - or _ or a blank in it. The first that fits is the one.
@@ -167,3 +188,18 @@ def _size(file: Path) -> int:
         return file.stat().st_size
     except OSError:
         return -1
+
+
+def _open_cifar(folder: Path, data: Data) -> Parts:
+    contents, sources = {}, []
+    for split, (pixels, labels) in cifar.load(folder).items():
+        contents[split] = f"{len(pixels)} images {digest(pixels.tobytes(), labels.tobytes())}"
+        if data.channels == 1:
+            pixels = np.rint(pixels @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
+        sources.append(ImageSource(pixels.__getitem__, partial("{}:{}".format, split), len(pixels), labels, data))
+    return Parts(sources[0], sources[1], contents)
+
+
+def of_shards(first: Shards, data: Data) -> Callable[[Shards, np.ndarray | None], Source]:
+    """How encoded images in shards become a source, given their labels."""
+    return lambda held, labels: ImageSource(held.read, held.key, len(held), labels, data, held.prepare)
