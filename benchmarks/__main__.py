@@ -19,21 +19,21 @@ from benchmarks.machine import ROOT
 
 
 @dataclass(frozen=True)
-class Part:
+class Bench:
     limit: float  # seconds, the unit's tests included
     options: tuple[str, ...] = ()
 
 
 # In the order of what one wants to know first. Two quiet cores take about four fifths of the limits.
 CPU_SET = {
-    "ema": Part(67),
-    "monitor": Part(108, ("--rounds", "5", "--seconds", "25")),
-    "step": Part(60, ("--batch", "8", "--rounds", "7", "--seconds", "60")),
-    "data": Part(66),
-    "attention": Part(36),
-    "checkpoint": Part(130, ("--rounds", "3", "--seconds", "30")),
-    "masks": Part(22),
-    "parallel": Part(110, ("--rounds", "3", "--seconds", "20")),
+    "ema": Bench(67),
+    "monitor": Bench(108, ("--rounds", "5", "--seconds", "25")),
+    "step": Bench(60, ("--batch", "8", "--rounds", "7", "--seconds", "60")),
+    "data": Bench(66),
+    "attention": Bench(36),
+    "checkpoint": Bench(130, ("--rounds", "3", "--seconds", "30")),
+    "masks": Bench(22),
+    "parallel": Bench(110, ("--rounds", "3", "--seconds", "20")),
 }
 RESERVE = 12  # seconds before its limit at which a benchmark begins no further round
 
@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.names or CPU_SET:
         print(f"\n== {name}", flush=True)
         began = time.monotonic()
-        part = CPU_SET[name]
-        outcome = run(name, [*part.options, *options], args.limit or part.limit)
+        bench = CPU_SET[name]
+        outcome = run(name, [*bench.options, *options], args.limit or bench.limit)
         outcomes[name] = f"{outcome} ({time.monotonic() - began:.0f} s)"
     if not any(option.startswith(("--out", "--tiny")) for option in options):
         table.main([])

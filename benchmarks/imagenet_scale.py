@@ -113,7 +113,7 @@ def measure(folder: Path, window: int) -> dict[str, float]:
     total = sum(len(held.read(number)) for number in numbers.tolist())
     found["reads_per_s"] = len(numbers) / (time.perf_counter() - began)
     assert total > 0
-    found["open_files"] = float(len(held._descriptors))
+    found["open_files"] = float(len(held._open_files))
     after = _memory()
     return found | {f"{name}_bytes": after[name] - before[name] for name in after}
 

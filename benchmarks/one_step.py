@@ -31,10 +31,10 @@ class OneStep:
         """`world`: of several processes, each with `batch` images of its own; the process group is there already."""
         self.config: Config = replace(preset(name), {"train.batch_size": batch} | (changes or {}))
         self.world, self.batch = world or World(0, 1, device), batch
-        choice = parallel.choose(self.config, self.world)
+        layout = parallel.choose(self.config, self.world)
         torch.manual_seed(0)
-        self.jepa = parallel.build(self.config, self.world, choice)
-        self.model = parallel.distribute(self.jepa, self.world, choice)
+        self.jepa = parallel.build(self.config, self.world, layout)
+        self.model = parallel.distribute(self.jepa, self.world, layout)
         self.optimizer = optim.build(self.jepa, self.config.optim)
         self.ema = TargetEMA(self.jepa, self.config)
         self.decay = self.config.ema.decay

@@ -32,7 +32,7 @@ from jepa_fast.monitor import FULL_INPUTS, CollapseMonitor, Examination, probes
 from jepa_fast.monitor.best import Best
 from jepa_fast.monitor.fixed_masks import FixedMasks
 from jepa_fast.monitor.heldout import HeldOut
-from jepa_fast.parallel import Choice, World
+from jepa_fast.parallel import Layout, World
 from jepa_fast.run import Run, tell_of_data, tensors
 
 
@@ -57,18 +57,18 @@ def set_up(config: Config, resume: str, world: World, stop: preemption.Preemptio
             )
     warmup = config.optim.warmup_steps + round(config.optim.warmup_epochs * per_epoch)
 
-    choice = parallel.choose(config, world)
+    layout = parallel.choose(config, world)
     choose_backend(world.device, config.train.precision == "bf16")
     torch.manual_seed(config.train.seed)
-    jepa = parallel.build(config, world, choice, _initial_weights(config, world, choice, start))
-    model = parallel.distribute(jepa, world, choice)
+    jepa = parallel.build(config, world, layout, _initial_weights(config, world, layout, start))
+    model = parallel.distribute(jepa, world, layout)
     ema, optimizer = TargetEMA(jepa, config), optim.build(jepa, config.optim)
     if state is not None:
         with parallel.lead(world):
             _refuse_other_data(state, dataset, folder)
         checkpoint.restore(held, tensors(jepa, optimizer), world.host, f"the checkpoint in {folder}")
     progress = Progress(steps, start, quiet=not world.is_main, every=max(config.monitor.every, steps // 40))
-    examination = _examination(config, dataset, jepa, world, choice)
+    examination = _examination(config, dataset, jepa, world, layout)
     clock = Clock(world, half=config.train.precision == "bf16")
     jepa.target_encoder.encode = clock.timed("target", jepa.target_encoder.encode)  # type: ignore[method-assign]
     buckets = None
@@ -98,7 +98,7 @@ def set_up(config: Config, resume: str, world: World, stop: preemption.Preemptio
         _restore_share(state, monitor, world)
         ema.released = state.get("released")
     run = Run(
-        config, world, choice, folder, steps, warmup, start, dataset, jepa, model, optimizer, ema, monitor, loader,
+        config, world, layout, folder, steps, warmup, start, dataset, jepa, model, optimizer, ema, monitor, loader,
         clock, stop, checkpoint.Writer(folder, config.checkpoint.keep, world.files),
         Best(checkpoint.kept(folder)), progress, lock,
     )  # fmt: skip
@@ -146,11 +146,11 @@ def _folder(config: Config, resume: str, world: World) -> tuple[Path, int]:
     return parallel.same_everywhere(found, world)
 
 
-def _initial_weights(config: Config, world: World, choice: Choice, start: int) -> dict[str, Tensor] | None:
+def _initial_weights(config: Config, world: World, layout: Layout, start: int) -> dict[str, Tensor] | None:
     """What --init.from names, if the run begins; read by every process that will build a whole model."""
     weights = None
     with parallel.lead(world):
-        if config.init.from_ and not start and (world.is_main or not choice.sharded):
+        if config.init.from_ and not start and (world.is_main or not layout.sharded):
             where, (weights, told) = f"--init.from {config.init.from_}", initial_weights(config.init.from_, config)
             with torch.device("meta"):
                 own = _weights_alone(JEPA(config).state_dict())
@@ -160,7 +160,7 @@ def _initial_weights(config: Config, world: World, choice: Choice, start: int) -
                 raise UsageError(f"{where}: {lost[0]} holds NaN or infinite weights; take another checkpoint")
             if world.is_main:
                 print("".join(f"--init.from: {line}\n" for line in told), end="")
-        if config.teacher.from_ and not start and (world.is_main or not choice.sharded):
+        if config.teacher.from_ and not start and (world.is_main or not layout.sharded):
             weights = (weights or {}) | _teacher_weights(config)
     return weights
 
@@ -193,12 +193,12 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def _examination(config: Config, dataset: Dataset, jepa: JEPA, world: World, choice: Choice) -> Examination:
+def _examination(config: Config, dataset: Dataset, jepa: JEPA, world: World, layout: Layout) -> Examination:
     """The fixed inputs live on the main process, or on all where only all together can run an encoder.
 
     Those that cannot be read are added to what the dataset has lost."""
     probe_set, inputs = None, torch.empty(0)
-    if world.is_main or choice.sharded:
+    if world.is_main or layout.sharded:
         if dataset.probe_train is not None and dataset.probe_test is not None:
             m = config.monitor
             probe_set = probes.collect(
@@ -211,7 +211,7 @@ def _examination(config: Config, dataset: Dataset, jepa: JEPA, world: World, cho
     return Examination(
         jepa.context_encoder, jepa.target_encoder, inputs, probe_set=probe_set, views=FixedMasks(config),
         objective=HeldOut(jepa, config) if dataset.held_out else None,
-        config=config.monitor, device=world.device, everywhere=choice.sharded,
+        config=config.monitor, device=world.device, everywhere=layout.sharded,
         around=partial(parallel.gathered, jepa, config),
     )  # fmt: skip
 
@@ -257,7 +257,7 @@ def _introduce(run: Run) -> None:
     print(
         f"{run.world.size} process(es) on {run.world.device.type}, {torch.get_num_threads()} CPU threads each, {config.train.precision}; ragged attention: {backend} ({reason})"
     )
-    print(f"parallel: {run.choice.mode} ({run.choice.reason})")
+    print(f"parallel: {run.layout.mode} ({run.layout.reason})")
     if config.train.deterministic and run.world.device.type == "cuda":
         print(
             "deterministic: torch warns of operations that have no such variant; NCCL's sums repeat for equal topology"

@@ -24,7 +24,7 @@ from jepa_fast.masks.reference import BLOCKLESS
 from jepa_fast.model.jepa import JEPA, Output
 from jepa_fast.monitor import CollapseMonitor, sentence
 from jepa_fast.monitor.best import Best
-from jepa_fast.parallel import Choice, World
+from jepa_fast.parallel import Layout, World
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Run:
 
     config: Config
     world: World
-    choice: Choice
+    layout: Layout
     folder: Path
     steps: int  # optimizer steps of the whole run
     warmup: int  # of which with a rising learning rate
@@ -63,7 +63,7 @@ class Run:
         seldom = examination is not None and examination.due(step)
         return step % self.config.log.every == 0 or seldom or step == self.steps
 
-    def health(self) -> dict[str, float]:
+    def measurements(self) -> dict[str, float]:
         """What a record says of the machine and the data since the last, and of the update to come. All call it."""
         step = self.monitor.step
         levers = {
@@ -78,7 +78,7 @@ class Run:
                 levers["schedule/ratio"] = now.ratio
             else:
                 levers["schedule/target_scale"] = sum(now.target_scale) / 2
-        return self.clock.report() | self.loader.health.record() | levers
+        return self.clock.report() | self.loader.stats.record() | levers
 
     def looks(self, step: int) -> bool:
         """Whether both encoders are examined at `step` with everything that says what they are worth."""
@@ -87,9 +87,9 @@ class Run:
     def more(self, output: Output) -> dict[str, float]:
         """What else a record holds. All processes call it."""
         if self.config.regularizer.kind == "none":
-            return self.health()
+            return self.measurements()
         term = self.jepa.regularizer.weight * output.regularizer.item()
-        return self.health() | {"loss/regularizer": output.regularizer.item(), "loss/regularizer_weighted": term}
+        return self.measurements() | {"loss/regularizer": output.regularizer.item(), "loss/regularizer_weighted": term}
 
     def saves(self, step: int) -> bool:
         every = self.config.checkpoint.every
@@ -141,15 +141,15 @@ def tell_of_data(run: Run, step: int, bad: list[Bad]) -> None:
                 run.log.event("bad_sample", step, key=one.key, reason=one.reason, why=one.kind)
 
 
-Part = tuple[Output, MaskPlan, float]
+MicroBatch = tuple[Output, MaskPlan, float]
 """Outputs and masks of a micro batch, and its share of the process's batch."""
 
 
-def joined(parts: list[Part]) -> tuple[Output, MaskPlan]:
+def joined(micro_batches: list[MicroBatch]) -> tuple[Output, MaskPlan]:
     """The outputs of micro batches as of one batch, for the monitor: of the plan, rows and weights are of all."""
-    if len(parts) == 1:
-        return parts[0][0], parts[0][1]
-    outputs, plans, shares = zip(*parts, strict=True)
+    if len(micro_batches) == 1:
+        return micro_batches[0][0], micro_batches[0][1]
+    outputs, plans, shares = zip(*micro_batches, strict=True)
     begins = [0]
     for output in outputs:
         begins.append(begins[-1] + output.target.shape[0] * output.target.shape[1])  # rows of [B * N]

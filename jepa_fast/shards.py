@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jepa_fast.data.convert import verify
-from jepa_fast.data.convert.inputs import SeriesOptions, material
+from jepa_fast.data.convert.inputs import SeriesOptions, open_inputs
 from jepa_fast.data.convert.to_shards import Options, convert
 from jepa_fast.errors import UsageError, one_line_errors
 
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _make(args: argparse.Namespace) -> int:
     began = time.monotonic()
-    held = material(args.source, args.label_filter, SeriesOptions(args.label, args.gaps, args.lengths))
+    held = open_inputs(args.source, args.label_filter, SeriesOptions(args.label, args.gaps, args.lengths))
     print(
         f"{args.source}: {held.kind}, " + ", ".join(f"{count:,} {split}" for split, count in held.splits.items()),
         flush=True,

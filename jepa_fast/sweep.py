@@ -34,7 +34,7 @@ USAGE = """usage: python -m jepa_fast.sweep [PRESET] --section.field V1,V2,... [
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sweep:
     preset: str
     axes: dict[str, list[str]]  # field: values, as given
     fixed: list[str]  # arguments of every run
@@ -51,7 +51,7 @@ class Plan:
         }
 
 
-def parse(argv: list[str]) -> Plan:
+def parse(argv: list[str]) -> Sweep:
     """Raises UsageError; every run's configuration is checked before one starts."""
     argv = list(argv)
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else "demo"
@@ -85,10 +85,10 @@ def parse(argv: list[str]) -> Plan:
     if options["--jobs"] and not (options["--jobs"].isdecimal() and int(options["--jobs"])):
         raise UsageError(f"--jobs {options['--jobs']}: give a number of processes of at least 1")
     jobs = int(options["--jobs"] or min(2, cores.usable()))
-    plan = Plan(preset, axes, fixed, folder, jobs, dry)
-    for arguments in plan.runs().values():
+    sweep = Sweep(preset, axes, fixed, folder, jobs, dry)
+    for arguments in sweep.runs().values():
         cli.parse([preset, *fixed, *arguments])
-    return plan
+    return sweep
 
 
 def _values(name: str, text: str) -> list[str]:
@@ -98,38 +98,38 @@ def _values(name: str, text: str) -> list[str]:
     return values
 
 
-def execute(plan: Plan) -> dict[str, str]:
+def execute(sweep: Sweep) -> dict[str, str]:
     """Run what is not complete, `jobs` at a time. Returns {name: why it failed} of those that did."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    _claim(plan)
-    threads = max(1, cores.usable() // plan.jobs)
-    began, runs = time.monotonic(), plan.runs()
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    _claim(sweep)
+    threads = max(1, cores.usable() // sweep.jobs)
+    began, runs = time.monotonic(), sweep.runs()
     failed: dict[str, str] = {}
     running: set[subprocess.Popen] = set()
 
     def one(name: str, arguments: list[str]) -> None:
-        folder = plan.folder / name
+        folder = sweep.folder / name
         if complete(folder):
             print(f"{name}: complete", flush=True)
             return
         command = [
-            sys.executable, "-m", "jepa_fast.train", plan.preset, "--parallel.threads", str(threads), *plan.fixed,
+            sys.executable, "-m", "jepa_fast.train", sweep.preset, "--parallel.threads", str(threads), *sweep.fixed,
             *arguments, "--run.dir", str(folder), "--resume", "auto",
         ]  # fmt: skip
-        with (plan.folder / f"{name}.log").open("w", encoding="utf-8") as out:
+        with (sweep.folder / f"{name}.log").open("w", encoding="utf-8") as out:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
             running.add(process)
             status = process.wait()
             running.discard(process)
         if status:
-            said = (plan.folder / f"{name}.log").read_text(encoding="utf-8").strip().splitlines()
+            said = (sweep.folder / f"{name}.log").read_text(encoding="utf-8").strip().splitlines()
             failed[name] = said[-1] if said else f"exit status {status}"
         records = log.read(folder / "metrics.jsonl")
         last = f"step {records[-1]['step']}, loss {records[-1].get('loss')}" if records else "no record"
         print(f"[{time.monotonic() - began:5.0f} s] {name}: {failed.get(name) or last}", flush=True)
 
-    with ThreadPoolExecutor(plan.jobs) as pool:
+    with ThreadPoolExecutor(sweep.jobs) as pool:
         try:
             list(pool.map(lambda item: one(*item), runs.items()))
         except BaseException:  # the sweep is stopped: so are its runs, each of which keeps a checkpoint to go on from
@@ -151,33 +151,33 @@ def complete(folder: Path) -> bool:
     return bool(last) and last in checkpoint.found(folder) and (folder / "report.html").exists()
 
 
-def _claim(plan: Plan) -> None:
+def _claim(sweep: Sweep) -> None:
     """Refuse a folder of another sweep; note which fields vary."""
-    file = plan.folder / "sweep.json"
-    mine = {"preset": plan.preset, "axes": list(plan.axes), "fixed": plan.fixed}
+    file = sweep.folder / "sweep.json"
+    mine = {"preset": sweep.preset, "axes": list(sweep.axes), "fixed": sweep.fixed}
     if file.exists():
         held = json.loads(file.read_text(encoding="utf-8"))
         if held != mine:
-            raise UsageError(f"{plan.folder} holds another sweep ({held['preset']} over {', '.join(held['axes'])}): give another --dir")  # fmt: skip
-    elif any(plan.folder.iterdir()):
-        raise UsageError(f"{plan.folder} exists, is not empty and holds no sweep: give another --dir")
+            raise UsageError(f"{sweep.folder} holds another sweep ({held['preset']} over {', '.join(held['axes'])}): give another --dir")  # fmt: skip
+    elif any(sweep.folder.iterdir()):
+        raise UsageError(f"{sweep.folder} exists, is not empty and holds no sweep: give another --dir")
     file.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
 
 
-def conclude(plan: Plan) -> str:
+def conclude(sweep: Sweep) -> str:
     """Write sweep.csv and the figure; the table and the claims as text."""
-    runs = [compare.read_run(plan.folder / name, list(plan.axes)) for name in plan.runs() if (plan.folder / name / "metrics.jsonl").exists()]  # fmt: skip
+    runs = [compare.read_run(sweep.folder / name, list(sweep.axes)) for name in sweep.runs() if (sweep.folder / name / "metrics.jsonl").exists()]  # fmt: skip
     rows = compare.summary(runs)
     if not rows:
         return "no run has written a record"
-    with (plan.folder / "sweep.csv").open("w", newline="", encoding="utf-8") as stream:
+    with (sweep.folder / "sweep.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    figure = paper.write(5, runs, plan.folder / "figure-5")
+    figure = paper.write(5, runs, sweep.folder / "figure-5")
     claims = compare.claims(runs)
-    (plan.folder / "claims.md").write_text("\n".join(f"- {line}" for line in claims) + "\n", encoding="utf-8")
-    return "\n".join([compare.as_text(rows), "", *claims, "", f"figure: {figure}, table: {plan.folder / 'sweep.csv'}"])
+    (sweep.folder / "claims.md").write_text("\n".join(f"- {line}" for line in claims) + "\n", encoding="utf-8")
+    return "\n".join([compare.as_text(rows), "", *claims, "", f"figure: {figure}, table: {sweep.folder / 'sweep.csv'}"])
 
 
 @one_line_errors
@@ -186,22 +186,22 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
-    plan = parse(argv)
-    names = list(plan.runs())
-    print(f"{len(names)} runs of {plan.preset} in {plan.folder}, {plan.jobs} at a time", flush=True)
-    if plan.dry:
+    sweep = parse(argv)
+    names = list(sweep.runs())
+    print(f"{len(names)} runs of {sweep.preset} in {sweep.folder}, {sweep.jobs} at a time", flush=True)
+    if sweep.dry:
         print("\n".join(names))
         return 0
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        failed = execute(plan)
+        failed = execute(sweep)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     print()
-    print(conclude(plan))
+    print(conclude(sweep))
     for name, why in failed.items():
-        print(f"failed: {name}: {why} (log: {plan.folder / f'{name}.log'})")
+        print(f"failed: {name}: {why} (log: {sweep.folder / f'{name}.log'})")
     return 1 if failed else 0
 
 

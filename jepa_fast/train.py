@@ -14,7 +14,7 @@ from jepa_fast.errors import one_line_errors
 from jepa_fast.flops import step_flops
 from jepa_fast.perturb import perturb
 from jepa_fast.profiling import profiled
-from jepa_fast.run import Part, Run, close, joined, keep_best, release, save, show, stop_here, watched
+from jepa_fast.run import MicroBatch, Run, close, joined, keep_best, release, save, show, stop_here, watched
 
 
 def train(run: Run) -> None:
@@ -31,7 +31,7 @@ def train(run: Run) -> None:
         # Forward, micro batch by micro batch: target encoder on everything, context encoder on the visible tokens,
         # predictor, loss. Backward: gradients add up to those of the mean over the global batch.
         loss, predicted = torch.zeros(2, device=world.device)
-        seen, run.jepa.regularizer.step = list[Part](), step
+        seen, run.jepa.regularizer.step = list[MicroBatch](), step
         for i, (inputs, masks, share) in enumerate(batch.parts(world.device), start=1):
             with parallel.accumulating(run.model, more=i < len(batch.plans)):
                 with clock.phase("forward"), parallel.precision(config, world):

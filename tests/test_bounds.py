@@ -125,7 +125,7 @@ def sparse_tar(file, records):
 def test_a_member_with_holes_is_empty_in_training_and_in_conversion(tmp_path, records):
     sparse_tar(tmp_path / "x.tar", records)
     held = Shards([tmp_path / "x.tar"])
-    for read in (held.read, inputs.material(str(tmp_path / "x.tar")).sample["train"]):
+    for read in (held.read, inputs.open_inputs(str(tmp_path / "x.tar")).sample["train"]):
         with pytest.raises(BadSample, match="is empty"):
             read(1)
     assert held.read(0).endswith(b"abc")

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import torch
 
-from jepa_fast.data.loading.buffers import Memory, Ring
+from jepa_fast.data.loading.buffers import PageableBuffers, PinnedBuffers
 
 
 class Copy:
@@ -22,12 +22,12 @@ class Copy:
 
 def test_a_buffer_comes_back_only_after_its_copy_is_done():
     copies = []
-    ring = Ring(2, lambda: torch.zeros(3), lambda: copies.append(Copy()) or copies[-1])
-    a, b = ring.take(0.1), ring.take(0.1)
-    assert a is not b and ring.take(0.01) is None
-    ring.give_back(a)
+    buffers = PinnedBuffers(2, lambda: torch.zeros(3), lambda: copies.append(Copy()) or copies[-1])
+    a, b = buffers.take(0.1), buffers.take(0.1)
+    assert a is not b and buffers.take(0.01) is None
+    buffers.give_back(a)
     got = []
-    waiting = threading.Thread(target=lambda: got.append(ring.take(5)))
+    waiting = threading.Thread(target=lambda: got.append(buffers.take(5)))
     waiting.start()
     waiting.join(0.05)
     assert waiting.is_alive() and not got  # the device still reads
@@ -37,12 +37,12 @@ def test_a_buffer_comes_back_only_after_its_copy_is_done():
 
 
 def test_a_fresh_buffer_waits_for_nothing():
-    ring = Ring(1, lambda: torch.zeros(1), lambda: Copy())
-    assert ring.take(0) is not None
+    buffers = PinnedBuffers(1, lambda: torch.zeros(1), lambda: Copy())
+    assert buffers.take(0) is not None
 
 
 def test_memory_is_given_out_again_when_nothing_refers_to_it_and_not_before():
-    memory = Memory((4, 3), np.dtype(np.uint8))
+    memory = PageableBuffers((4, 3), np.dtype(np.uint8))
     first = memory.take()
     where, row, kept = first.data_ptr(), first[1:2], first.numpy()[2]
     assert memory.take().data_ptr() != where

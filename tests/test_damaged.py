@@ -147,7 +147,7 @@ def test_a_shard_that_disappears_under_a_run(tmp_path, monkeypatch):
     def show(r, record):
         if record["step"] == 5:  # its file, and what is open of it
             (folder / "s-train-0001.tar").unlink()
-            r.dataset.train.source.read.__self__._descriptors.close()
+            r.dataset.train.source.read.__self__._open_files.close()
         real(r, record)
 
     monkeypatch.setattr(train, "show", show)

@@ -15,7 +15,7 @@ from PIL import Image
 from jepa_fast import checkpoint
 from jepa_fast.config import replace
 from jepa_fast.diagnose import main
-from jepa_fast.diagnose.curves import Choice, curve
+from jepa_fast.diagnose.curves import ColumnChoice, curve
 from jepa_fast.diagnose.tables import read
 from jepa_fast.diagnose.weights import drift, encoders
 from jepa_fast.errors import UsageError
@@ -62,7 +62,7 @@ def there(tmp_path, monkeypatch):
 
 
 def of(path, **choice):
-    return curve(read(Path(path)), Choice(**choice), str(path))
+    return curve(read(Path(path)), ColumnChoice(**choice), str(path))
 
 
 def refused(capsys, *arguments):

@@ -8,8 +8,8 @@ import torch
 
 from jepa_fast import inputs, train
 from jepa_fast.config import Config, check, replace
-from jepa_fast.data.opened import Parts
-from jepa_fast.data.readers.by_kind import READERS, Reader
+from jepa_fast.data.opened import Opened
+from jepa_fast.data.readers.by_kind import READERS, KindReader
 from jepa_fast.data.readers.series import SeriesSource
 from jepa_fast.errors import UsageError
 from jepa_fast.log import read
@@ -57,13 +57,13 @@ def open_generated(path, data):
     values = rng.normal(size=(64, 1, 24, data.series_length)).astype(np.float32)
     labels = np.arange(64) % 2
     values[labels == 1, :, :8] *= 3
-    return Parts(SeriesSource(values.__getitem__, str, 64, labels), None, {path: "64 spectrograms"})
+    return Opened(SeriesSource(values.__getitem__, str, 64, labels), None, {path: "64 spectrograms"})
 
 
 @pytest.fixture
 def third_kind(monkeypatch):
     monkeypatch.setitem(inputs.KINDS, "spectrograms", Spectrograms())
-    monkeypatch.setitem(READERS, "spectrograms", Reader(("npz",), open_generated, lambda first, data: None))
+    monkeypatch.setitem(READERS, "spectrograms", KindReader(("npz",), open_generated, lambda first, data: None))
 
 
 ARGUMENTS = [

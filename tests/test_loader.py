@@ -206,21 +206,21 @@ def test_series_are_kept_on_a_gpu_if_they_fit(monkeypatch, free, on, keep, says)
 
     monkeypatch.setattr(resident, "_free", lambda device: free)
     data = config(**{"data.keep_on": on}).data
-    kept_there, line = resident.keeps(Series(40), data, torch.device("cuda", 0))
+    kept_there, line = resident.choose(Series(40), data, torch.device("cuda", 0))
     assert kept_there is keep and says in line and bool(line) == bool(says)
     with pytest.raises(UsageError, match="too little; use host"):
         monkeypatch.setattr(resident, "_free", lambda device: 1e4)
-        resident.keeps(Series(40), config(**{"data.keep_on": "device"}).data, torch.device("cuda", 0))
+        resident.choose(Series(40), config(**{"data.keep_on": "device"}).data, torch.device("cuda", 0))
 
 
 def test_health_tells_rates_and_reasons():
     loader = Loader(config(**{"data.max_bad_share": 0.5}), Noise(40, bad=[3, 4]), 5, 0, 1, 0, 12)
     list(loader)
     loader.close()
-    record = loader.health.record()
+    record = loader.stats.record()
     assert 0 < record["data/wait_share"] <= 1 and record["data/bad"] == 2 and record["data/per_worker_s"] > 0
-    assert loader.health.kinds() == {"unreadable": 2}
-    assert loader.health.record()["data/per_worker_s"] == 0.0  # nothing since
+    assert loader.stats.kinds() == {"unreadable": 2}
+    assert loader.stats.record()["data/per_worker_s"] == 0.0  # nothing since
 
 
 def test_a_loop_that_keeps_no_batch_lives_in_the_memory_of_a_few():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jepa_fast.config import Masks
 from jepa_fast.errors import UsageError
 from jepa_fast.extension import extension
-from jepa_fast.masks.reference import Stream, stream_keys
+from jepa_fast.masks.reference import SplitMix64, stream_keys
 from jepa_fast.masks.sample import check_masks, sample_masks
 from jepa_fast.presets import PRESETS, preset
 
@@ -56,7 +56,7 @@ def _assert_equal(a, b):
 
 
 def test_the_stream_is_splitmix64():
-    stream = Stream(1234567)  # outputs of the published generator for this state
+    stream = SplitMix64(1234567)  # outputs of the published generator for this state
     assert [stream.next() for _ in range(3)] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 

@@ -251,19 +251,19 @@ def test_a_folder_for_each_split_and_shards_of_one_name_in_two(folder, tmp_path)
 def test_few_files_stay_open_and_threads_may_share_them(folder):
     from concurrent.futures import ThreadPoolExecutor
 
-    from jepa_fast.data.shards.open_files import Descriptors
+    from jepa_fast.data.shards.open_files import OpenFiles
 
     held = Shards(find(str(folder))["train"].files)
-    held._descriptors = Descriptors(most=2)
+    held._open_files = OpenFiles(most=2)
     rng = np.random.default_rng(0)
     numbers = rng.integers(0, 25, 400)
     expected = [held.read(i) for i in range(25)]
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(held.read, numbers.tolist())) == [expected[i] for i in numbers]
     held.prepare(numbers)
-    assert len(held._descriptors) <= 2
-    held._descriptors.close()
-    assert len(held._descriptors) == 0 and held.read(3) == expected[3]
+    assert len(held._open_files) <= 2
+    held._open_files.close()
+    assert len(held._open_files) == 0 and held.read(3) == expected[3]
 
 
 def test_sets_share_the_bound_on_open_files_which_is_the_process_s(folder, tmp_path):
@@ -381,7 +381,7 @@ def test_a_shard_whose_end_is_zeros_is_doubted_and_what_it_held_is_known(folder)
 def test_a_pipe_in_the_place_of_a_shard_is_no_wait(folder):
     files = find(str(folder))["train"].files
     held = Shards(files)
-    held._descriptors.close()
+    held._open_files.close()
     files[1].unlink()
     os.mkfifo(files[1])
     with pytest.raises(BadSample):

@@ -23,13 +23,13 @@ from jepa_fast.config.sections import (
     Perturb,
     Profile,
     Regularizer,
-    Run,
+    RunFolder,
     Teacher,
     Train,
 )
 
 __all__ = [
     "EMA", "IMAGENET_MEAN", "IMAGENET_STD", "Checkpoint", "Config", "Data", "Init", "Log", "Masks", "Model", "Monitor",
-    "Objective", "Optim", "Parallel", "Perturb", "Profile", "Regularizer", "Run", "Teacher", "Train", "check", "flatten", "from_json", "get",
+    "Objective", "Optim", "Parallel", "Perturb", "Profile", "Regularizer", "RunFolder", "Teacher", "Train", "check", "flatten", "from_json", "get",
     "replace", "to_json",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     dir: str = ""
     """Run folder. Empty: runs/<preset>-<n>, n the first free number."""
 
@@ -316,7 +316,7 @@ class Init:
 @dataclass(frozen=True)
 class Config:
     preset: str = "demo"
-    run: Run = field(default_factory=Run)
+    run: RunFolder = field(default_factory=RunFolder)
     data: Data = field(default_factory=Data)
     masks: Masks = field(default_factory=Masks)
     model: Model = field(default_factory=Model)

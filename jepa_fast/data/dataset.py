@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jepa_fast.config import Config, Data
-from jepa_fast.data.opened import Parts, digest
+from jepa_fast.data.opened import Opened, digest
 from jepa_fast.data.readers import generated, ucr
 from jepa_fast.data.readers.by_kind import reader_of
 from jepa_fast.data.readers.from_shards import open_shards, open_stream
@@ -58,7 +58,7 @@ def open_dataset(config: Config, typed: bool = False) -> Dataset:
     return _assemble(_open(path, data, config.train.seed), data, origin)
 
 
-def _open(path: str, data: Data, seed: int) -> Parts:
+def _open(path: str, data: Data, seed: int) -> Opened:
     found = paths.entries(path)
     if data.weights and len(data.weights) != len(found):
         raise UsageError(
@@ -74,7 +74,7 @@ def _open(path: str, data: Data, seed: int) -> Parts:
     return _join(found, [_open_one(entry, data) for entry in found], data)
 
 
-def _open_one(path: str, data: Data) -> Parts:
+def _open_one(path: str, data: Data) -> Opened:
     if paths.is_shards(path):
         return open_shards(path, data)
     if not ucr.named(path) and not os.path.exists(path):
@@ -84,34 +84,34 @@ def _open_one(path: str, data: Data) -> Parts:
     return reader_of(data).open_files(path, data)
 
 
-def _join(found: list[str], parts: list[Parts], data: Data) -> Parts:
+def _join(found: list[str], opened: list[Opened], data: Data) -> Opened:
     """Several sets as one. The probe looks at the first, as classes of different sets have nothing to do with one another."""
     contents = {
-        f"{entry}/{name}": what
-        for entry, part in zip(found, parts, strict=True)
-        for name, what in part.contents.items()
+        f"{entry}/{name}": what for entry, one in zip(found, opened, strict=True) for name, what in one.contents.items()
     }
     contents["--data.weights"] = repr(data.weights)
-    shapes = {entry: _shape(part.train) for entry, part in zip(found, parts, strict=True)}
+    shapes = {entry: _shape(one.train) for entry, one in zip(found, opened, strict=True)}
     if len(set(shapes.values())) > 1:
         raise UsageError(f"the sets of --data.path hold samples of different shapes, {shapes}; mix those of one shape")
-    lost = [(f"{entry}: {where}", why) for entry, part in zip(found, parts, strict=True) for where, why in part.lost]
-    notes = [note for part in parts for note in part.notes] + [f"the probe looks at {found[0]} alone"]
+    lost = [(f"{entry}: {where}", why) for entry, one in zip(found, opened, strict=True) for where, why in one.lost]
+    notes = [note for one in opened for note in one.notes] + [f"the probe looks at {found[0]} alone"]
     # The probe's samples have the names that they have in training, so that a bad one counts once.
-    first, name = parts[0], found[:1]
-    probe = Parts(Joined([first.train], name), Joined([first.test], name) if first.test is not None else None, contents)
-    return Parts(Joined([part.train for part in parts], found), None, contents, lost, notes, probe)
+    first, name = opened[0], found[:1]
+    probe = Opened(
+        Joined([first.train], name), Joined([first.test], name) if first.test is not None else None, contents
+    )
+    return Opened(Joined([one.train for one in opened], found), None, contents, lost, notes, probe)
 
 
-def _assemble(parts: Parts, data: Data, origin: str) -> Dataset:
-    lost = [Bad(where, "lost", why) for where, why in parts.lost]
-    total = len(parts.train) + len(lost)
+def _assemble(opened: Opened, data: Data, origin: str) -> Dataset:
+    lost = [Bad(where, "lost", why) for where, why in opened.lost]
+    total = len(opened.train) + len(lost)
     if len(lost) > data.max_bad_share * max(total, TRUSTED):
         raise UsageError(
             f"{len(lost)} of {total} samples are lost, more than --data.max_bad_share {data.max_bad_share:g}; "
             f"the first is {lost[0].key}: {lost[0].reason}; fix the data, or allow more"
         )
-    train, held_in, held_out, said = _probe(parts)
+    train, held_in, held_out, said = _probe(opened)
     num_classes, counted = 0, f"{len(train)} samples, {said}"
     if held_in is not None and held_out is not None:
         num_classes, held_in, held_out = _numbered(held_in, held_out)
@@ -120,12 +120,12 @@ def _assemble(parts: Parts, data: Data, origin: str) -> Dataset:
             counted = f"{len(train)} samples, all of one class, so no probes"
     if held_in is not None and held_out is not None:
         counted = f"{len(train)} training and {len(held_out)} test samples, {num_classes} classes{said}"
-    notes = [*parts.notes, *_doubt(num_classes, held_in, held_out)]
+    notes = [*opened.notes, *_doubt(num_classes, held_in, held_out)]
     told = f"{origin}: {counted}" + (f"; {len(lost)} lost" if lost else "")
     # Without a test part the probe's samples are taken out of training, but not out of a stream or of one of several sets.
-    apart = (parts.probe or parts).test is not None or (parts.probe is None and not hasattr(parts.train, "fixed"))
+    apart = (opened.probe or opened).test is not None or (opened.probe is None and not hasattr(opened.train, "fixed"))
     return Dataset(
-        train, held_in, held_out, num_classes, _shape(train), told, parts.contents, lost, notes,
+        train, held_in, held_out, num_classes, _shape(train), told, opened.contents, lost, notes,
         held_out=held_out is not None and apart,
     )  # fmt: skip
 
@@ -140,11 +140,11 @@ def _doubt(num_classes: int, held_in: Source | None, held_out: Source | None) ->
     ]
 
 
-def _probe(parts: Parts) -> tuple[Source, Source | None, Source | None, str]:
+def _probe(opened: Opened) -> tuple[Source, Source | None, Source | None, str]:
     """(what is trained on, what the probe is fitted on, what it is scored on, what to say of that)."""
-    train, test, base = parts.train, parts.test, parts.train
-    if parts.probe is not None:
-        base, test = parts.probe.train, parts.probe.test
+    train, test, base = opened.train, opened.test, opened.train
+    if opened.probe is not None:
+        base, test = opened.probe.train, opened.probe.test
     fixed = getattr(base, "fixed", base)  # of a stream: its first shard
     if fixed.labels is None or (test is not None and test.labels is None):
         return train, None, None, "no labels, so no probes"

@@ -7,7 +7,7 @@ from jepa_fast.data.sample import Source
 
 
 @dataclass(frozen=True)
-class Parts:
+class Opened:
     """Training samples, held-out ones if there are any, and what they consist of."""
 
     train: Source
@@ -15,7 +15,7 @@ class Parts:
     contents: dict[str, str]  # what the samples come from -> what is in it: other samples, other contents
     lost: list[tuple[str, str]] = field(default_factory=list)  # (where, why) of samples that cannot be read at all
     notes: list[str] = field(default_factory=list)  # what else a user should know
-    probe: "Parts | None" = None  # what the probe looks at, if not these
+    probe: "Opened | None" = None  # what the probe looks at, if not these
 
 
 def digest(*pieces: bytes) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jepa_fast import report
 from jepa_fast.diagnose import weights
-from jepa_fast.diagnose.curves import Choice, Curve, curve
+from jepa_fast.diagnose.curves import ColumnChoice, Curve, curve
 from jepa_fast.diagnose.tables import KNOWN, Table, read
 from jepa_fast.errors import Arguments, UsageError, one_line_errors
 from jepa_fast.report.logs import with_phase
@@ -62,14 +62,14 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.out or _free(options.log)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--out {folder} exists and is not empty; nothing was written over: give another folder")
-    choice = Choice(options.loss_column, options.step_column, options.run, others)
+    choice = ColumnChoice(options.loss_column, options.step_column, options.run, others)
     heads = options.heads, options.predictor_heads
     diagnose(options.log, choice, options.checkpoints, options.data, folder, *heads)
     return 0
 
 
 def diagnose(
-    log: Path, choice: Choice, checkpoints: str, data: str, folder: Path, heads: int = 0, predictor_heads: int = 0
+    log: Path, choice: ColumnChoice, checkpoints: str, data: str, folder: Path, heads: int = 0, predictor_heads: int = 0
 ) -> list[dict[str, Any]]:
     """Print what the log shows and write `folder`. Raises UsageError before anything is written."""
     table = read(log)

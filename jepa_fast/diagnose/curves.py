@@ -32,7 +32,7 @@ MOST_RECORDS = 4000  # the detector's windows are tenths of a run: means over fi
 
 
 @dataclass(frozen=True)
-class Choice:
+class ColumnChoice:
     """What the command line asks for; empty: found by name."""
 
     loss: str = ""
@@ -49,7 +49,7 @@ class Curve:
     steps_per_epoch: int  # 0: not known
 
 
-def curve(table: Table, choice: Choice, where: str) -> Curve:
+def curve(table: Table, choice: ColumnChoice, where: str) -> Curve:
     """The run of `table` that `choice` names. Raises UsageError if there is no such column or run."""
     wide = bool(_groups(table.columns))
     table, notes = _one_column_set(table, choice, where) if wide else (table, [])
@@ -114,7 +114,7 @@ def _groups(columns: list[str]) -> dict[str, list[str]]:
     return out
 
 
-def _one_column_set(table: Table, choice: Choice, where: str) -> tuple[Table, list[str]]:
+def _one_column_set(table: Table, choice: ColumnChoice, where: str) -> tuple[Table, list[str]]:
     """The columns of one run, under the metrics' own names (a column named in full by --loss-column keeps its name)."""
     groups = _groups(table.columns)
     owner = next((run for run, columns in groups.items() if choice.loss in columns), "")
@@ -194,7 +194,7 @@ def _averaged(series: list[tuple[int, float]]) -> list[tuple[int, float]]:
 # ---- other curves ---------------------------------------------------------------------------------
 
 
-def _others(table: Table, choice: Choice, loss: str) -> list[tuple[str, str]]:
+def _others(table: Table, choice: ColumnChoice, loss: str) -> list[tuple[str, str]]:
     """(our key, column): those asked for, those that bear our names, and of our own log everything."""
     named = [c for c in table.columns if OURS.fullmatch(c) or table.kind.startswith("jepa-fast")]
     return [(column, column) for column in named if column not in (loss, "step")] + list(choice.others)

@@ -1,6 +1,6 @@
 """The mask sampler in plain Python: the random streams, the block sizes, and what each row draws.
 
-In: one 64-bit stream key per row, block sizes. Out: ragged token numbers (`Drawn`), before any cut to a common length.
+In: one 64-bit stream key per row, block sizes. Out: ragged token numbers (`RaggedMasks`), before any cut to a common length.
 csrc/jepa_fast/masks.cpp does the same as `stream_keys` and the three `draw_*` functions, faster, and must give the same
 bits. So those take whole numbers only: everything with a fraction (scales, aspects, probabilities) is settled in Python before. What
 the sizes rule out is refused here too.
@@ -19,7 +19,7 @@ from jepa_fast.errors import UsageError
 MODES = typing.get_args(typing.get_type_hints(Masks)["mode"])
 BLOCKLESS = ("random", "bernoulli")
 
-Drawn = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+RaggedMasks = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """context [Tc], context_lengths [R], targets [Tt], target_lengths [R] of R rows, all int64."""
 
 SIZES, ROWS = 1, 2  # domains: streams of different use never meet
@@ -43,7 +43,7 @@ def stream_keys(seed: int, domain: int, first, second) -> np.ndarray:
     return _mix(key)
 
 
-class Stream:
+class SplitMix64:
     """splitmix64 from a key."""
 
     def __init__(self, key: int):
@@ -84,7 +84,7 @@ def block_sizes(config: Masks, grid: tuple[int, ...], u: float, v: float, w: flo
 
 def draw_sizes(config: Masks, grid: tuple[int, ...], key: int, tries: int) -> tuple[int, int, int, int] | None:
     """Sizes for the stream `key`; drawn again while the target is below min_keep. None after `tries` draws."""
-    stream = Stream(key)
+    stream = SplitMix64(key)
     for _ in range(tries):
         sizes = block_sizes(config, grid, stream.uniform(), stream.uniform(), stream.uniform())
         if sizes[0] * sizes[1] >= config.min_keep:
@@ -194,7 +194,7 @@ def refuse(config: Masks, name: str, mend: str) -> NoReturn:
 def draw_blocks(
     keys: np.ndarray, sizes: np.ndarray, grid: tuple[int, int], within: tuple[int, int],
     num_targets: int, need: int, keep: int, tries: int,
-) -> Drawn | None:  # fmt: skip
+) -> RaggedMasks | None:  # fmt: skip
     """Target blocks, and what they leave of a context block.
 
     keys: uint64 [R]; sizes: int64 [R, 4]; within: see `reach`. Locations are drawn again until `need` context
@@ -203,7 +203,7 @@ def draw_blocks(
     tokens = np.arange(grid[0] * grid[1]).reshape(grid)
     contexts, targets = [], []
     for key, (height, width, *context_size) in zip(keys.tolist(), sizes.tolist(), strict=True):
-        stream = Stream(key)
+        stream = SplitMix64(key)
         for _ in range(tries):
             corners = [_corner(stream, within, (height, width)) for _ in range(num_targets)]
             visible = np.zeros(grid, bool)
@@ -221,17 +221,17 @@ def draw_blocks(
     return *_ragged(contexts), np.concatenate(targets), sizes[:, 0] * sizes[:, 1]
 
 
-def draw_exact(keys: np.ndarray, num_tokens: int, hidden: int) -> Drawn:
+def draw_exact(keys: np.ndarray, num_tokens: int, hidden: int) -> RaggedMasks:
     """Exactly `hidden` tokens of each row are the target, the others its context."""
-    masks = [_choose(Stream(key), num_tokens, hidden) for key in keys.tolist()]
+    masks = [_choose(SplitMix64(key), num_tokens, hidden) for key in keys.tolist()]
     return _split(masks)
 
 
-def draw_bernoulli(keys: np.ndarray, num_tokens: int, threshold: int, need: int, tries: int) -> Drawn | None:
+def draw_bernoulli(keys: np.ndarray, num_tokens: int, threshold: int, need: int, tries: int) -> RaggedMasks | None:
     """Each token is hidden with probability threshold / 2^53, given `need` hidden and `need` visible ones."""
     masks = []
     for key in keys.tolist():
-        stream = Stream(key)
+        stream = SplitMix64(key)
         for _ in range(tries):
             mask = np.array([stream.next() >> 11 < threshold for _ in range(num_tokens)])
             if need <= mask.sum() <= num_tokens - need:
@@ -242,11 +242,11 @@ def draw_bernoulli(keys: np.ndarray, num_tokens: int, threshold: int, need: int,
     return _split(masks)
 
 
-def _corner(stream: Stream, within: tuple[int, int], size) -> tuple[int, int]:
+def _corner(stream: SplitMix64, within: tuple[int, int], size) -> tuple[int, int]:
     return stream.below(within[0] - size[0] + 1), stream.below(within[1] - size[1] + 1)
 
 
-def _choose(stream: Stream, n: int, k: int) -> np.ndarray:
+def _choose(stream: SplitMix64, n: int, k: int) -> np.ndarray:
     """bool [n], a uniformly random k of them True: selection sampling (Knuth 3.4.2 S), in order and without a sort."""
     chosen, left = np.zeros(n, bool), k
     for i in range(n):
@@ -256,7 +256,7 @@ def _choose(stream: Stream, n: int, k: int) -> np.ndarray:
     return chosen
 
 
-def _split(hidden: list[np.ndarray]) -> Drawn:
+def _split(hidden: list[np.ndarray]) -> RaggedMasks:
     return *_ragged([np.flatnonzero(~h) for h in hidden]), *_ragged([np.flatnonzero(h) for h in hidden])
 
 

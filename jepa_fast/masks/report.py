@@ -45,7 +45,7 @@ var |M| again.   corr: mean correlation of neighbouring tokens' being hidden; 0 
 mode              p    mean |M|    var |M|   Bernoulli    ratio    bound     over   var ||Mx||^2 ratio     corr"""
 
 
-class Drawn(NamedTuple):
+class MaskStats(NamedTuple):
     """What a number of batches of one mode came to."""
 
     lengths: np.ndarray  # [R], context tokens
@@ -86,7 +86,7 @@ def report(
     only: str | None, grid: tuple[int, ...], group: int, min_keep: int | None, batch: int, batches: int, seed: int
 ) -> str:
     """The page: three tables and a map of each mode. Raises UsageError for a setting that cannot be met."""
-    drawn: dict[str, Drawn] = {}
+    drawn: dict[str, MaskStats] = {}
     for mode in [only] if only else [m for m in MODES if len(grid) == 2 or m in BLOCKLESS]:
         num_targets, least = (1, 1) if mode in BLOCKLESS else (Masks.num_targets, Masks.min_keep)
         config = Masks(mode, num_targets, group=group, min_keep=min_keep or least)  # type: ignore[arg-type]
@@ -110,7 +110,7 @@ def report(
     return "\n".join(lines)
 
 
-def draw(config: Masks, grid: tuple[int, ...], seed: int, batch: int, batches: int) -> Drawn:
+def draw(config: Masks, grid: tuple[int, ...], seed: int, batch: int, batches: int) -> MaskStats:
     """`batches` batches of masks, as a run draws them, with every sampler there is."""
     num_tokens, visible = math.prod(grid), 0
     micros: dict[str, str] = {}
@@ -131,7 +131,7 @@ def draw(config: Masks, grid: tuple[int, ...], seed: int, batch: int, batches: i
     lengths = np.concatenate([m.context_lengths for m in found])
     sizes = np.concatenate([m.target_lengths for m in found])
     context, targets = (np.concatenate([getattr(m, k) for m in found]) for k in ("context", "targets"))
-    return Drawn(
+    return MaskStats(
         lengths, sizes,
         shown=_grid(context, lengths, num_tokens),
         predicted=_grid(targets, sizes * found[0].num_targets, num_tokens),
@@ -148,7 +148,7 @@ def _grid(tokens: np.ndarray, lengths: np.ndarray, num_tokens: int) -> np.ndarra
     return out
 
 
-def _lengths(mode: str, drawn: Drawn) -> str:
+def _lengths(mode: str, drawn: MaskStats) -> str:
     num_tokens = drawn.shown.shape[1]
     even = [_evenness(c) for c in (drawn.shown.sum(0), np.bincount(drawn.tokens, minlength=num_tokens))]
     top = drawn.shown[:, : num_tokens // 2].sum() / drawn.shown.sum()
@@ -176,7 +176,7 @@ def _energies(grid: tuple[int, ...], seed: int) -> np.ndarray:
     return (patches**2).sum((2, 4)).reshape(16, -1)
 
 
-def _variance(mode: str, drawn: Drawn, grid: tuple[int, ...], energies: np.ndarray) -> str:
+def _variance(mode: str, drawn: MaskStats, grid: tuple[int, ...], energies: np.ndarray) -> str:
     hidden = ~drawn.shown
     num_tokens, count, p = hidden.shape[1], hidden.sum(1), hidden.mean()
     independent = num_tokens * p * (1 - p)
@@ -201,7 +201,7 @@ def _correlation(hidden: np.ndarray, grid: tuple[int, ...]) -> float:
     return float(((a * b).mean(0)[spread > 0] / spread[spread > 0]).mean()) if (spread > 0).any() else 0.0
 
 
-def _map(drawn: Drawn, grid: tuple[int, ...]) -> list[str]:
+def _map(drawn: MaskStats, grid: tuple[int, ...]) -> list[str]:
     maps = [(seen.mean(0).reshape(-1, grid[-1]) * 10).round().astype(int) for seen in (drawn.shown, drawn.predicted)]
     return ["  " + "    ".join(" ".join(_tenth(v) for v in row) for row in pair) for pair in zip(*maps, strict=True)]
 

@@ -22,7 +22,7 @@ import numpy as np
 from jepa_fast.config import Masks
 from jepa_fast.extension import extension
 from jepa_fast.masks import reference
-from jepa_fast.masks.reference import BLOCKLESS, ROWS, SIZES, Drawn, check_setting, refuse
+from jepa_fast.masks.reference import BLOCKLESS, ROWS, SIZES, RaggedMasks, check_setting, refuse
 
 TRIES = 1000  # draws of one row's locations before the setting is refused
 CHECK_TRIES = 50  # a setting that passes with these few will not use up the many
@@ -94,7 +94,7 @@ def _group_sizes(
 def _draw(
     config: Masks, grid: tuple[int, ...], keys: np.ndarray, sizes: np.ndarray,
     sampler: ModuleType, tries: int, cut: bool = True,
-) -> Drawn | None:  # fmt: skip
+) -> RaggedMasks | None:  # fmt: skip
     """The rows before a group's cut (and whole, without `cut`, in `subsampled`); None if one found no locations."""
     num_tokens = math.prod(grid)
     if config.mode == "random":

@@ -8,7 +8,7 @@ from torch import Tensor
 SUMS = ("loss", "highest", "num_finite", "num_bad", "bad_in_a_row")
 
 
-class Interval:
+class Accumulator:
     def __init__(self) -> None:
         self.loss, self.highest, self.num_finite, self.num_bad, self.bad_in_a_row = torch.zeros(5).unbind()
         self._clear_clock()

@@ -14,7 +14,7 @@ from jepa_fast.log import RunLog
 from jepa_fast.model.targets import Statistics, TargetNorm, centred_by_own, norm_of, regress
 from jepa_fast.model.targets import statistics as statistics_of
 from jepa_fast.monitor import phase
-from jepa_fast.monitor.accumulator import Interval
+from jepa_fast.monitor.accumulator import Accumulator
 from jepa_fast.monitor.examination import Examination
 from jepa_fast.monitor.measures import bound, discrepancy, skill
 from jepa_fast.monitor.measures.drift import Drift, Identity, Weights
@@ -77,7 +77,7 @@ class CollapseMonitor:
         for record in self.records:  # of a log that goes on: its events were reported already
             self._detector.add(record)
         self.step = start or 0  # of the next observation
-        self.interval = Interval()
+        self.accumulator = Accumulator()
         self.bad_in_a_row = 0  # steps up to the last record that changed nothing
         self._say = say
         self._num_records = 0
@@ -121,7 +121,7 @@ class CollapseMonitor:
         device = None if isinstance(loss, Tensor) or inputs is None else inputs.device
         loss = torch.as_tensor(loss, device=device).detach().float()
         held = len(inputs) if inputs is not None else 0
-        self.interval.add(loss, held if num_inputs is None else num_inputs, wait)
+        self.accumulator.add(loss, held if num_inputs is None else num_inputs, wait)
         record = None
         if last or self.step % self.every == 0 or self._examines(last):
             looks = self._examines(last) if self.examination else self._num_records % RECORDS_A_LOOK == 0
@@ -141,7 +141,7 @@ class CollapseMonitor:
         now and then. finite: bool on the device, whether the step changed anything; steps that did not are counted.
         """
         if finite is not None:
-            self.interval.judge(finite)
+            self.accumulator.judge(finite)
         if self.identity and self.identity.remembers:
             made = finite is None or bool(finite)
             self.identity.check(decay if made else None)
@@ -158,7 +158,7 @@ class CollapseMonitor:
         if self._examined is None or self._examined[0] != self.step:
             began = time.monotonic()
             self._examined = (self.step, self.examination.look(self.step, everything=last))
-            self.interval.examining += time.monotonic() - began
+            self.accumulator.examining += time.monotonic() - began
         return self._examined[1]
 
     def _examines(self, last: bool) -> bool:
@@ -210,18 +210,18 @@ class CollapseMonitor:
             began = time.monotonic()
             record |= self.drift.spectral()
             record["time/spectral"] = time.monotonic() - began
-            self.interval.examining += record["time/spectral"]
+            self.accumulator.examining += record["time/spectral"]
         if self.identity and self.identity.worst is not None:
             record["identity/residual"] = self.identity.worst
         return record
 
     def _write(self, signals: dict[str, Tensor], drift: dict[str, float], examined: dict[str, float]) -> Record:
         """One line of metrics.jsonl and the events it calls. Synchronises."""
-        values = parallel.average(self.interval.sums() | signals, self.world)
+        values = parallel.average(self.accumulator.sums() | signals, self.world)
         highest = values.pop("highest")
         bad, self.bad_in_a_row = round(values.pop("bad")), round(values.pop("bad_in_a_row"))
-        record = {"step": self.step, **values, **drift, **examined, **self.interval.times(self.world.size)}
-        self.interval.begin()
+        record = {"step": self.step, **values, **drift, **examined, **self.accumulator.times(self.world.size)}
+        self.accumulator.begin()
         self._num_records += 1
         if self.log:
             spike = loss_spike(self.log.records, highest)
@@ -289,7 +289,7 @@ class CollapseMonitor:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed loop needs, beside `start`: sums of the open interval, and the untrained encoder's probe."""
         parts = {
-            "interval": self.interval,
+            "interval": self.accumulator,
             "examination": self.examination,
             "identity": self.identity,
             "drift": self.drift,
@@ -298,7 +298,7 @@ class CollapseMonitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         parts = {
-            "interval": self.interval,
+            "interval": self.accumulator,
             "examination": self.examination,
             "identity": self.identity,
             "drift": self.drift,

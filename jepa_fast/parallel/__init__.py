@@ -5,7 +5,7 @@ builds the model and cuts it up.
 """
 
 from jepa_fast.parallel.launch import launched
-from jepa_fast.parallel.memory import Choice, choose, dry_run
+from jepa_fast.parallel.memory import Layout, choose, dry_run
 from jepa_fast.parallel.world import (
     World,
     average,
@@ -23,6 +23,6 @@ from jepa_fast.parallel.world import (
 from jepa_fast.parallel.wrap import accumulating, build, distribute, full, gathered, precision, roots, settle
 
 __all__ = [
-    "Choice", "World", "accumulating", "average", "barrier", "build", "choose", "distribute", "dry_run", "full", "gather", "gathered", "here",
+    "Layout", "World", "accumulating", "average", "barrier", "build", "choose", "distribute", "dry_run", "full", "gather", "gathered", "here",
     "join", "launched", "lead", "leave", "mean", "precision", "refusal", "roots", "same_everywhere", "settle", "shorten_timeouts",
 ]  # fmt: skip

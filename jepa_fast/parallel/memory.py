@@ -21,7 +21,7 @@ ASSUMED = 80 * GB  # of a device, where there is none to ask
 
 
 @dataclass(frozen=True)
-class Choice:
+class Layout:
     """How the work is shared out."""
 
     mode: str  # single, ddp, fsdp, hsdp
@@ -47,29 +47,29 @@ class Need:
         return self.state + self.gathered + self.activations
 
 
-def choose(config: Config, world: World) -> Choice:
+def choose(config: Config, world: World) -> Layout:
     """The mode of `parallel.mode`; for `auto` the one with the least communication that fits, and why."""
     return _choose(config, world.size, world.local_size, _capacity(world))
 
 
-def _choose(config: Config, size: int, local_size: int, capacity: float) -> Choice:
+def _choose(config: Config, size: int, local_size: int, capacity: float) -> Layout:
     asked, over = config.parallel.mode, _copy_size(config, size, local_size)
     if asked == "hsdp":
-        return Choice("hsdp", over, "as asked")
+        return Layout("hsdp", over, "as asked")
     if asked != "auto":
-        return Choice(asked, size if asked == "fsdp" else 1, "as asked")
+        return Layout(asked, size if asked == "fsdp" else 1, "as asked")
     room = USABLE * capacity
     whole = need(config, "ddp", size, 1).total
     if size == 1:
-        return Choice("single", 1, "one process" + _advice(config, size, whole, room))
+        return Layout("single", 1, "one process" + _advice(config, size, whole, room))
     if whole <= room:
-        return Choice(
+        return Layout(
             "ddp", 1, f"everything fits on every device: {whole / GB:.1f} of {room / GB:.1f} GB; least communication"
         )
     said = f"ddp needs {whole / GB:.1f} of {room / GB:.1f} GB"
     if over < size and need(config, "hsdp", size, over).total <= room:
-        return Choice("hsdp", over, f"{said}; a copy for each {over} devices fits")
-    return Choice("fsdp", size, said + _advice(config, size, need(config, "fsdp", size, size).total, room))
+        return Layout("hsdp", over, f"{said}; a copy for each {over} devices fits")
+    return Layout("fsdp", size, said + _advice(config, size, need(config, "fsdp", size, size).total, room))
 
 
 def _copy_size(config: Config, size: int, local_size: int) -> int:
@@ -183,6 +183,6 @@ def dry_run(config: Config, size: int) -> str:
         lines.append(
             f"  {name:<17} {n.state / GB:39.2f} {n.gathered / GB:10.2f} {n.activations / GB:24.2f} {n.total / GB:7.2f} {n.traffic / GB:16.2f}"
         )
-    choice = _choose(config, size, local_size, capacity)
-    lines.append(f"--parallel.mode {config.parallel.mode}: {choice.mode} ({choice.reason})")
+    layout = _choose(config, size, local_size, capacity)
+    lines.append(f"--parallel.mode {config.parallel.mode}: {layout.mode} ({layout.reason})")
     return "\n".join(lines)

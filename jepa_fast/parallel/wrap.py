@@ -22,13 +22,13 @@ from jepa_fast.config import Config
 from jepa_fast.model.compile import compile_blocks, compiles, eager
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.model.vit import Block
-from jepa_fast.parallel.memory import Choice
+from jepa_fast.parallel.memory import Layout
 from jepa_fast.parallel.world import World
 
 
-def build(config: Config, world: World, choice: Choice, weights: dict[str, Tensor] | None = None) -> JEPA:
+def build(config: Config, world: World, layout: Layout, weights: dict[str, Tensor] | None = None) -> JEPA:
     """A JEPA with `weights`, or initialised from torch's generator: where it is sharded, from the main process's."""
-    if not choice.sharded:
+    if not layout.sharded:
         jepa = JEPA(config)
         if weights is not None:
             jepa.load_state_dict(jepa.state_dict() | weights)
@@ -43,7 +43,7 @@ def build(config: Config, world: World, choice: Choice, weights: dict[str, Tenso
     with torch.device("meta"):
         jepa = JEPA(config)
     _prepare(jepa, config, world)
-    shard(jepa, config, _mesh(world, choice))
+    shard(jepa, config, _mesh(world, layout))
     jepa.to_empty(device=world.device)
     _poison(jepa)
     _hand_out(jepa, whole, world)
@@ -63,9 +63,9 @@ def _prepare(jepa: JEPA, config: Config, world: World) -> None:
 # ---- FSDP2 ----------------------------------------------------------------------------------------
 
 
-def _mesh(world: World, choice: Choice) -> DeviceMesh:
-    kind, cuts = world.device.type, choice.shards
-    if choice.mode == "hsdp":
+def _mesh(world: World, layout: Layout) -> DeviceMesh:
+    kind, cuts = world.device.type, layout.shards
+    if layout.mode == "hsdp":
         return init_device_mesh(kind, (world.size // cuts, cuts), mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
 
@@ -188,9 +188,9 @@ def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---- the step -------------------------------------------------------------------------------------
 
 
-def distribute(jepa: JEPA, world: World, choice: Choice) -> nn.Module:
+def distribute(jepa: JEPA, world: World, layout: Layout) -> nn.Module:
     """The model as the loop calls it: itself, or wrapped so that gradients are averaged over processes."""
-    if choice.mode != "ddp":
+    if layout.mode != "ddp":
         return jepa
     devices = [world.device] if world.device.type == "cuda" else None
     # The position tables are the same everywhere. torch 2.13 renamed the argument.

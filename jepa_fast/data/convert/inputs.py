@@ -1,6 +1,6 @@
 """What shards can be made from: an image folder, CIFAR batches, files of series, other shards (remote ones too).
 
-Each reader gives a Material: how many samples each split has, and sample i of it as WebDataset's dict. Encoded images are
+Each reader gives a Inputs: how many samples each split has, and sample i of it as WebDataset's dict. Encoded images are
 taken over byte by byte, CIFAR becomes PNG, series become .npy of float32 [C, L], not normalised.
 """
 
@@ -29,7 +29,7 @@ Sample = Callable[[int], dict]
 
 
 @dataclass(frozen=True)
-class Material:
+class Inputs:
     splits: dict[str, int]  # {split: number of samples}
     sample: dict[str, Sample]  # {split: i -> {'__key__', 'jpg', 'cls', ...}}; raises BadSample
     contents: dict[str, str]  # other samples, other contents
@@ -48,7 +48,7 @@ class SeriesOptions(NamedTuple):
     max_bad_share: float = 0.01
 
 
-def material(source: str, label_filter: str = "", options: SeriesOptions = SeriesOptions()) -> Material:  # noqa: B008
+def open_inputs(source: str, label_filter: str = "", options: SeriesOptions = SeriesOptions()) -> Inputs:  # noqa: B008
     """What `source` holds. options: of series. Raises UsageError."""
     if ucr.named(source):
         return _of_series(source, options)
@@ -74,7 +74,7 @@ def material(source: str, label_filter: str = "", options: SeriesOptions = Serie
     raise UsageError(f"{source} holds no images, no CIFAR batches, no series and no .tar; give a folder that does")
 
 
-def _of_folder(root: Path) -> Material:
+def _of_folder(root: Path) -> Inputs:
     splits = {name: found for name, found in image_folder.find(root).items() if found[1]}
     classes = image_folder.classes_of(*splits["train"])
     number = {name: i for i, name in enumerate(classes)}
@@ -95,7 +95,7 @@ def _of_folder(root: Path) -> Material:
         contents |= image_folder.contents(root, split_root, files)
     counts = {name: len(files) for name, (_, files) in splits.items()}
     samples = {name: sample_of(*found) for name, found in splits.items()}
-    return Material(counts, samples, contents, "an image folder", classes)
+    return Inputs(counts, samples, contents, "an image folder", classes)
 
 
 def _bytes(file: Path) -> bytes:
@@ -108,13 +108,13 @@ def _bytes(file: Path) -> bytes:
     return data
 
 
-def _of_cifar(folder: Path) -> Material:
+def _of_cifar(folder: Path) -> Inputs:
     held = cifar.load(folder)
 
     def sample_of(pixels: np.ndarray, labels: np.ndarray) -> Sample:
         return lambda i: {"__key__": f"{i:05}", "png": _png(pixels[i]), "cls": int(labels[i])}
 
-    return Material(
+    return Inputs(
         {split: len(labels) for split, (_, labels) in held.items()},
         {split: sample_of(*part) for split, part in held.items()},
         {split: digest(pixels.tobytes(), labels.tobytes()) for split, (pixels, labels) in held.items()},
@@ -128,7 +128,7 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _of_series(source: str, options: SeriesOptions) -> Material:
+def _of_series(source: str, options: SeriesOptions) -> Inputs:
     root = Path(source)
     if root.is_dir() and series_folder.is_folder_of_series(root):
         held = series_folder.load(root)
@@ -164,12 +164,12 @@ def _of_series(source: str, options: SeriesOptions) -> Material:
         for split, part in held.items()
     }
     counts = {split: len(part.samples) for split, part in held.items()}
-    return Material(
+    return Inputs(
         counts, {split: sample_of(part) for split, part in held.items()}, contents, "series", classes, notes=notes
     )
 
 
-def _of_shards(source: str, label_filter: str) -> Material:
+def _of_shards(source: str, label_filter: str) -> Inputs:
     """Shards again: all members as they are, .cls renumbered where a filter leaves classes out."""
     entries = paths.entries(source)
     if any(map(paths.is_remote, entries)):  # of entries: a file name that a pattern found is no URL
@@ -215,7 +215,7 @@ def _of_shards(source: str, label_filter: str) -> Material:
     if label_filter:
         contents["filter"] = digest(Path(label_filter).read_bytes())
     counts = {name: len(chosen) for name, chosen in kept.items() if len(chosen)}
-    return Material(
+    return Inputs(
         counts,
         {name: sample_of(held[name], kept[name]) for name in counts},
         contents,

@@ -1,6 +1,6 @@
-"""Shards from a Material: several at a time, each whole or not there, so that an interrupted conversion goes on.
+"""Shards from a Inputs: several at a time, each whole or not there, so that an interrupted conversion goes on.
 
-Which samples a shard holds, and so its bytes, follow from the material and the options alone.
+Which samples a shard holds, and so its bytes, follow from the inputs and the options alone.
 """
 
 import fcntl
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa_fast import cores
-from jepa_fast.data.convert.inputs import Material
+from jepa_fast.data.convert.inputs import Inputs
 from jepa_fast.data.random import shuffled
 from jepa_fast.data.sample import BadSample
 from jepa_fast.data.shards.writer import PLAN, write_info, write_tar
@@ -44,24 +44,24 @@ class _Task:
     samples: np.ndarray
 
 
-def convert(material: Material, folder: Path, options: Options, progress: Callable[[int, int, int], None]) -> Result:
+def convert(inputs: Inputs, folder: Path, options: Options, progress: Callable[[int, int, int], None]) -> Result:
     """Write `folder`. `progress(done, shards, bytes)` is called after every shard. Raises UsageError."""
-    tasks = _tasks(material, options, options.name or folder.resolve().name)
-    _claim(folder, material, options)
+    tasks = _tasks(inputs, options, options.name or folder.resolve().name)
+    _claim(folder, inputs, options)
     with _alone(folder):
-        return _convert(material, folder, options, tasks, progress)
+        return _convert(inputs, folder, options, tasks, progress)
 
 
 def _convert(
-    material: Material, folder: Path, options: Options, tasks: list[_Task], progress: Callable[[int, int, int], None]
+    inputs: Inputs, folder: Path, options: Options, tasks: list[_Task], progress: Callable[[int, int, int], None]
 ) -> Result:
     known = _known(folder)
-    lengths: dict[str, dict[str, int]] = {split: {} for split in material.splits}
-    result, written = Result(lengths, left_out=list(material.lost)), 0
+    lengths: dict[str, dict[str, int]] = {split: {} for split in inputs.splits}
+    result, written = Result(lengths, left_out=list(inputs.lost)), 0
     todo = [task for task in tasks if task.filename not in known]
     with ThreadPoolExecutor(options.workers or cores.usable()) as pool:
         for done, (task, entry) in enumerate(
-            zip(todo, pool.map(lambda t: _write(t, material, folder), todo), strict=True), start=1
+            zip(todo, pool.map(lambda t: _write(t, inputs, folder), todo), strict=True), start=1
         ):
             known[task.filename] = entry
             written += entry["bytes"]
@@ -72,14 +72,14 @@ def _convert(
             lengths[task.split][task.filename] = entry["samples"]
         result.left_out += entry["left_out"]
     result.made = len(todo)
-    classes = {"classes": material.classes} if material.classes else {}
+    classes = {"classes": inputs.classes} if inputs.classes else {}
     write_info(folder, lengths, **classes)
     return result
 
 
-def _tasks(material: Material, options: Options, name: str) -> list[_Task]:
+def _tasks(inputs: Inputs, options: Options, name: str) -> list[_Task]:
     tasks = []
-    for split, count in material.splits.items():
+    for split, count in inputs.splits.items():
         order = np.arange(count) if options.seed is None else shuffled(count, options.seed, 0)
         cuts = range(0, count, options.samples_per_shard)
         digits = max(4, len(str(len(cuts) - 1)))
@@ -90,11 +90,11 @@ def _tasks(material: Material, options: Options, name: str) -> list[_Task]:
     return tasks
 
 
-def _claim(folder: Path, material: Material, options: Options) -> None:
+def _claim(folder: Path, inputs: Inputs, options: Options) -> None:
     """Make the folder this conversion's, or find that it is. Raises UsageError if it is another's."""
     plan = {
-        "contents": material.contents, "name": options.name, "samples_per_shard": options.samples_per_shard,
-        "seed": options.seed, "splits": material.splits,
+        "contents": inputs.contents, "name": options.name, "samples_per_shard": options.samples_per_shard,
+        "seed": options.seed, "splits": inputs.splits,
     }  # fmt: skip
     file = folder / PLAN
     try:
@@ -147,14 +147,14 @@ def _known(folder: Path) -> dict[str, dict]:
     return known
 
 
-def _write(task: _Task, material: Material, folder: Path) -> dict:
+def _write(task: _Task, inputs: Inputs, folder: Path) -> dict:
     left_out: list[str] = []
     keys: set[str] = set()
 
     def samples() -> Iterator[dict]:
         for number in task.samples.tolist():
             try:
-                made = material.sample[task.split](number)
+                made = inputs.sample[task.split](number)
             except BadSample as error:
                 left_out.append(f"{task.split} sample {number}: {error}")
                 continue

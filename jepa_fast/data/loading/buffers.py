@@ -1,7 +1,7 @@
 """Host memory of batches that is used again: fresh pages cost a fifteenth of a batch's decoding, pinning them more.
 
-`Ring` holds pinned buffers, so that the copy to the device runs beside the computation. One is filled again only when the
-device has finished copying from it: the loop may be many steps ahead of the device. `Memory` is for a run without a device.
+`PinnedBuffers` holds pinned buffers, so that the copy to the device runs beside the computation. One is filled again only when the
+device has finished copying from it: the loop may be many steps ahead of the device. `PageableBuffers` is for a run without a device.
 """
 
 import queue
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 
-class Event(Protocol):
+class CopyEvent(Protocol):
     def synchronize(self) -> None: ...
 
 
-class Ring:
+class PinnedBuffers:
     """`count` buffers like `make()`. `mark()` gives an event that has passed when the device is done with all it was
     given so far."""
 
-    def __init__(self, count: int, make: Callable[[], Tensor], mark: Callable[[], Event]):
+    def __init__(self, count: int, make: Callable[[], Tensor], mark: Callable[[], CopyEvent]):
         self._mark = mark
-        self._free: queue.Queue[tuple[Tensor, Event | None]] = queue.Queue()
+        self._free: queue.Queue[tuple[Tensor, CopyEvent | None]] = queue.Queue()
         for _ in range(count):
             self._free.put((make(), None))
 
@@ -44,7 +44,7 @@ class Ring:
         self._free.put((buffer, self._mark()))
 
 
-class Memory:
+class PageableBuffers:
     """Tensors of one shape and dtype. What lay under one is given out again when nothing refers to it any more."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype):

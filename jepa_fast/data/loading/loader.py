@@ -21,12 +21,13 @@ from torch import Tensor
 
 from jepa_fast import schedules
 from jepa_fast.config import Config
+from jepa_fast.data.loading import resident
 from jepa_fast.data.loading.batch import HostBatch
-from jepa_fast.data.loading.buffers import Memory, Ring, cuda_mark
+from jepa_fast.data.loading.buffers import PageableBuffers, PinnedBuffers, cuda_mark
 from jepa_fast.data.loading.mixture import Mixture
 from jepa_fast.data.loading.order import Order
-from jepa_fast.data.loading.resident import Kept, keeps
-from jepa_fast.data.loading.stats import Health
+from jepa_fast.data.loading.resident import Resident
+from jepa_fast.data.loading.stats import LoaderStats
 from jepa_fast.data.random import augmentation
 from jepa_fast.data.readers import nvjpeg
 from jepa_fast.data.sample import TRUSTED, Bad, BadSample, Encoded, Source
@@ -52,7 +53,7 @@ class _Begun:
     inputs: Tensor
     epochs: np.ndarray
     samples: np.ndarray
-    parts: list[Future]
+    loading: list[Future]
     encoded: dict[int, Encoded] = field(default_factory=dict)  # rows that the device is to decode
     ready: torch.cuda.Event | None = None
 
@@ -75,17 +76,17 @@ class Loader:
         self.order = _order(config, source, seed)
         if isinstance(source, Stream):
             source.share(rank, world_size)
-        self.health = Health(lambda: source.counts)
+        self.stats = LoaderStats(lambda: source.counts)
         self._bad_samples: dict[int, Bad] = {}
         self._decoder = nvjpeg.device_decoder(config.data) if config.data.decoder == "nvjpeg" else None
         self._pin = torch.cuda.is_available()
         on = torch.device("cuda", torch.cuda.current_device()) if self._pin else torch.device("cpu")
-        keep, self.where = keeps(source, config.data, on)  # `where` in words, or ''
-        self._keep = partial(Kept, source, config.data.workers, on) if keep else None
-        self._kept: Kept | None = None
+        keep, self.where = resident.choose(source, config.data, on)  # `where` in words, or ''
+        self._keep = partial(Resident, source, config.data.workers, on) if keep else None
+        self._resident: Resident | None = None
         self._device = torch.cuda.current_device() if self._pin else None
-        self._ring: Ring | None = None
-        self._memory: Memory | None = None
+        self._buffers: PinnedBuffers | None = None
+        self._pageable: PageableBuffers | None = None
         self._shape: tuple[tuple[int, ...], np.dtype] | None = None
         self._ready: queue.Queue[HostBatch | BaseException] = queue.Queue(AHEAD)
         self._closing = threading.Event()
@@ -95,7 +96,7 @@ class Loader:
     @property
     def bad(self) -> list[Bad]:
         """Samples that could not be read, each once, in the order they were met."""
-        return self.health.bad
+        return self.stats.bad
 
     def __iter__(self) -> Iterator[HostBatch]:
         assert self._thread is None, "a loader is iterated once"
@@ -109,10 +110,10 @@ class Loader:
             if isinstance(batch, BaseException):
                 raise batch
             batch.wait = time.monotonic() - began
-            self.health.waited += batch.wait
+            self.stats.waited += batch.wait
             yield batch
-            if self._ring is not None:
-                self._ring.give_back(batch.inputs)
+            if self._buffers is not None:
+                self._buffers.give_back(batch.inputs)
 
     def close(self) -> None:
         """Stop the threads; batches made ahead are dropped."""
@@ -164,16 +165,16 @@ class Loader:
         asked = samples.copy()  # `samples` is changed where one is replaced
         in_file_order = np.argsort(samples, kind="stable")
         for i in range(0, len(samples), AT_A_TIME):
-            batch.parts.append(self._pool.submit(self._fill, batch, asked, in_file_order[i : i + AT_A_TIME]))
+            batch.loading.append(self._pool.submit(self._fill, batch, asked, in_file_order[i : i + AT_A_TIME]))
         return batch
 
-    def _gather(self, batch: _Begun, keep: Callable[[], Kept]) -> _Begun:
+    def _gather(self, batch: _Begun, keep: Callable[[], Resident]) -> _Begun:
         """A batch of samples that are on the device already."""
-        if self._kept is None:
-            self._kept = keep()
-            self._bad_samples.update(self._kept.bad)
-        batch.samples = self._kept.stands_for[batch.samples]
-        batch.inputs, batch.ready = self._kept.rows(batch.samples)
+        if self._resident is None:
+            self._resident = keep()
+            self._bad_samples.update(self._resident.bad)
+        batch.samples = self._resident.stands_for[batch.samples]
+        batch.inputs, batch.ready = self._resident.rows(batch.samples)
         return batch
 
     def _finish(self, batch: _Begun) -> HostBatch:
@@ -191,12 +192,12 @@ class Loader:
             packing.plan(masks.rows(i, min(i + self.micro, len(masks.context_lengths))), config.num_tokens, self.ladder)
             for i in range(0, len(masks.context_lengths), self.micro)
         ]
-        wait(batch.parts)  # woken once: each time costs the thread that decodes a turn at Python's lock
-        busy = [part.result() for part in batch.parts]
+        wait(batch.loading)  # woken once: each time costs the thread that decodes a turn at Python's lock
+        busy = [each.result() for each in batch.loading]
         inputs, ready = batch.inputs, batch.ready
         if self._decoder is not None:
             inputs, ready = self._decode(batch, self._decoder), self._decoder.mark()
-        self.health.add(len(batch.samples), sum(busy), list(self._bad_samples.values()))
+        self.stats.add(len(batch.samples), sum(busy), list(self._bad_samples.values()))
         self._refuse_too_many_bad()
         if self._pin:
             plans = [plan.pin() for plan in plans]
@@ -221,7 +222,7 @@ class Loader:
         return decoder.stack(rows)
 
     def _buffer(self, epoch: int, sample: int) -> Tensor:
-        """Memory for the inputs of one batch."""
+        """PageableBuffers for the inputs of one batch."""
         if self._shape is None:
             kind = find(self.config.data.kind)
             shape, dtype = kind.shape(self.config), torch.empty(0, dtype=kind.dtype).numpy().dtype
@@ -231,15 +232,15 @@ class Loader:
                 shape, dtype = first.shape, first.dtype
             self._shape = ((self.rows.stop - self.rows.start, *shape), dtype)
         if not self._pin or self._decoder is not None:
-            self._memory = self._memory or Memory(*self._shape)
-            return self._memory.take()
-        if self._ring is None:
+            self._pageable = self._pageable or PageableBuffers(*self._shape)
+            return self._pageable.take()
+        if self._buffers is None:
             whole, kept_as = self._shape[0], torch.from_numpy(np.empty(0, self._shape[1])).dtype
-            self._ring = Ring(
+            self._buffers = PinnedBuffers(
                 AHEAD + IN_WORK + 2, lambda: torch.empty(whole, dtype=kept_as, pin_memory=True), cuda_mark
             )
         while not self._closing.is_set():
-            buffer = self._ring.take(timeout=0.1)
+            buffer = self._buffers.take(timeout=0.1)
             if buffer is not None:
                 return buffer
         raise _Closing
@@ -272,8 +273,8 @@ class Loader:
         raise UsageError(f"not one of the {len(self.source)} samples can be read; {first.key}: {first.reason}")
 
     def _refuse_too_many_bad(self) -> None:
-        bad, limit = self.health.bad, self.config.data.max_bad_share
-        seen = min(self.health.samples, len(self.source))
+        bad, limit = self.stats.bad, self.config.data.max_bad_share
+        seen = min(self.stats.samples, len(self.source))
         if len(bad) > limit * max(seen, TRUSTED):
             raise UsageError(
                 f"{len(bad)} of the first {seen} samples cannot be read, more than --data.max_bad_share {limit:g}; "

@@ -20,7 +20,7 @@ from jepa_fast.inputs import find
 SHARE = 0.1  # of the device's free memory that `auto` takes for data
 
 
-class Kept:
+class Resident:
     """All samples of `source` in one tensor; `bad` are those that cannot be read, and the next that can stands for each."""
 
     def __init__(self, source: Source, workers: int, device: torch.device):
@@ -51,7 +51,7 @@ class Kept:
         return rows, None if self._stream is None else self._stream.record_event()
 
 
-def keeps(source: Source, data: Data, device: torch.device) -> tuple[bool, str]:
+def choose(source: Source, data: Data, device: torch.device) -> tuple[bool, str]:
     """(whether the samples are to be kept on `device`, a line that says so and why). Raises UsageError if they cannot be."""
     if find(data.kind).augmented or isinstance(source, Stream) or data.keep_on == "host":
         return False, ""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from jepa_fast.data.sample import Bad, Counts
 
 
-class Health:
+class LoaderStats:
     """Filled by the loader's thread, read by the loop."""
 
     def __init__(self, counts: Callable[[], Counts]):

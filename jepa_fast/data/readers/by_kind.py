@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jepa_fast.config import Data
-from jepa_fast.data.opened import Parts
+from jepa_fast.data.opened import Opened
 from jepa_fast.data.readers import from_series, image_folder
 from jepa_fast.data.sample import Source
 from jepa_fast.data.shards.reader import Shards
@@ -18,11 +18,11 @@ def _nothing(data: Data) -> None:
 
 
 @dataclass(frozen=True)
-class Reader:
+class KindReader:
     """The functions raise UsageError for what they cannot read."""
 
     payloads: tuple[str, ...]  # extensions of its samples in shards
-    open_files: Callable[[str, Data], Parts]  # what lies at a path that names no shards
+    open_files: Callable[[str, Data], Opened]  # what lies at a path that names no shards
     of_shards: Callable[[Shards, Data], Callable[[Shards, np.ndarray | None], Source]]  # (first, data)(part, labels)
     refuse_stream: Callable[[Data], None] = _nothing  # settings that remote shards cannot have
 
@@ -39,10 +39,10 @@ class Reader:
 
 
 READERS = {
-    "images": Reader(image_folder.PAYLOADS, image_folder.open_images, image_folder.of_shards),
-    "series": Reader(("npy",), from_series.open_files, from_series.of_shards, from_series.refuse_stream),
+    "images": KindReader(image_folder.PAYLOADS, image_folder.open_images, image_folder.of_shards),
+    "series": KindReader(("npy",), from_series.open_files, from_series.of_shards, from_series.refuse_stream),
 }
 
 
-def reader_of(data: Data) -> Reader:
+def reader_of(data: Data) -> KindReader:
     return READERS[data.kind]

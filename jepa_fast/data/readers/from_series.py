@@ -11,7 +11,7 @@ import numpy as np
 
 from jepa_fast import cores
 from jepa_fast.config import Data
-from jepa_fast.data.opened import Parts, digest
+from jepa_fast.data.opened import Opened, digest
 from jepa_fast.data.readers import image_folder, series, series_folder, series_gaps, ucr
 from jepa_fast.data.readers.series import SeriesFile, SeriesSource, Statistics
 from jepa_fast.data.sample import BadSample, Source
@@ -21,7 +21,7 @@ from jepa_fast.errors import UsageError
 AT_A_TIME = 256  # series a thread takes at once
 
 
-def open_files(path: str, data: Data) -> Parts:
+def open_files(path: str, data: Data) -> Opened:
     """The files of series at `path`. Raises UsageError."""
     folder = Path(path)
     if (
@@ -41,7 +41,7 @@ def open_files(path: str, data: Data) -> Parts:
     return open_series(path, data)
 
 
-def open_series(path: str, data: Data) -> Parts:
+def open_series(path: str, data: Data) -> Opened:
     """The series that `path` means, normalised as data.series_norm says. Raises UsageError."""
     held = _read(path, data.label)
     channels = {name: part.samples.shape[1] for name, part in held.items()}
@@ -70,7 +70,7 @@ def open_series(path: str, data: Data) -> Parts:
     flat = sum(int((part.samples.std((1, 2)) == 0).sum()) for part in held.values())
     if flat:
         notes.append(f"{flat} series are constant: they hold nothing to predict")
-    return Parts(sources[0], sources[1] if len(sources) > 1 else None, contents, notes=notes)
+    return Opened(sources[0], sources[1] if len(sources) > 1 else None, contents, notes=notes)
 
 
 def _read(path: str, label: str) -> dict[str, SeriesFile]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa_fast.config import Data
-from jepa_fast.data.opened import Parts, digest
+from jepa_fast.data.opened import Opened, digest
 from jepa_fast.data.readers.by_kind import reader_of
 from jepa_fast.data.sample import TRUSTED, Source
 from jepa_fast.data.shards import paths
@@ -17,7 +17,7 @@ from jepa_fast.data.sources import Joined, Lost, Subset
 from jepa_fast.errors import UsageError
 
 
-def open_shards(path: str, data: Data) -> Parts:
+def open_shards(path: str, data: Data) -> Opened:
     """The shards that `path` means. Raises UsageError."""
     found = paths.find(path)
     splits = [split for split in (found["train"], found["test"]) if split.files]
@@ -39,10 +39,10 @@ def open_shards(path: str, data: Data) -> Parts:
         sources = _filtered(sources, held, data.label_filter)
         contents[f"--data.label_filter {Path(data.label_filter).name}"] = digest(Path(data.label_filter).read_bytes())
     lost = [entry for part in held for entry in part.lost]
-    return Parts(sources[0], sources[1] if len(sources) > 1 else None, contents, lost, _notes(held, labels))
+    return Opened(sources[0], sources[1] if len(sources) > 1 else None, contents, lost, _notes(held, labels))
 
 
-def open_stream(path: str, data: Data, seed: int) -> Parts:
+def open_stream(path: str, data: Data, seed: int) -> Opened:
     """The remote shards that `path` means, all of them for training. Raises UsageError."""
     reader = reader_of(data)
     reader.refuse_stream(data)
@@ -65,7 +65,7 @@ def open_stream(path: str, data: Data, seed: int) -> Parts:
         data.num_samples or len(first) * len(urls), seed,
     )  # fmt: skip
     about = "" if data.num_samples else f"; --data.num_samples is not given, {len(stream)} taken from the first shard"
-    return Parts(stream, None, dict.fromkeys(urls, "remote"), [], [PROMISE + about])
+    return Opened(stream, None, dict.fromkeys(urls, "remote"), [], [PROMISE + about])
 
 
 def _refuse_too_many_damaged(held: list[Shards], share: float) -> None:

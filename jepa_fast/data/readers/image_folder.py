@@ -10,7 +10,7 @@ import numpy as np
 
 from jepa_fast.bounded import read_bytes, shown
 from jepa_fast.config import Data
-from jepa_fast.data.opened import Parts, digest
+from jepa_fast.data.opened import Opened, digest
 from jepa_fast.data.readers import cifar, series, ucr
 from jepa_fast.data.readers.images import ImageSource
 from jepa_fast.data.sample import BadSample, Source
@@ -22,7 +22,7 @@ PAYLOADS = tuple(name for name in samples.PAYLOADS if name != "npy")
 SUFFIXES = tuple(f".{name}" for name in PAYLOADS)
 
 
-def open_images(path: str, data: Data) -> Parts:
+def open_images(path: str, data: Data) -> Opened:
     """The image folder or CIFAR batches at `path`. Raises UsageError."""
     if ucr.named(path):
         raise UsageError(
@@ -50,7 +50,7 @@ SPLITS = {
 SYSTEM = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "__pycache__"}
 
 
-def open_folder(root: Path, data: Data) -> Parts:
+def open_folder(root: Path, data: Data) -> Opened:
     """The images under `root`. Raises UsageError if there is none."""
     splits = find(root)
     if not splits["train"][1]:
@@ -69,7 +69,7 @@ def open_folder(root: Path, data: Data) -> Parts:
     held: dict[str, str] = {}
     for split_root, files in splits.values():
         held |= contents(root, split_root, files)
-    return Parts(train, test, held, notes=_unused(train_root, test_root, root) + _unknown(classes, *splits["test"]))
+    return Opened(train, test, held, notes=_unused(train_root, test_root, root) + _unknown(classes, *splits["test"]))
 
 
 def _unused(train_root: Path, test_root: Path, root: Path) -> list[str]:
@@ -190,14 +190,14 @@ def _size(file: Path) -> int:
         return -1
 
 
-def _open_cifar(folder: Path, data: Data) -> Parts:
+def _open_cifar(folder: Path, data: Data) -> Opened:
     contents, sources = {}, []
     for split, (pixels, labels) in cifar.load(folder).items():
         contents[split] = f"{len(pixels)} images {digest(pixels.tobytes(), labels.tobytes())}"
         if data.channels == 1:
             pixels = np.rint(pixels @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
         sources.append(ImageSource(pixels.__getitem__, partial("{}:{}".format, split), len(pixels), labels, data))
-    return Parts(sources[0], sources[1], contents)
+    return Opened(sources[0], sources[1], contents)
 
 
 def of_shards(first: Shards, data: Data) -> Callable[[Shards, np.ndarray | None], Source]:

@@ -24,7 +24,7 @@ class _Open:
     users: int = 0
 
 
-class Descriptors:
+class OpenFiles:
     """pread by path, through a bounded set of open files."""
 
     def __init__(self, most: int = 0):
@@ -93,6 +93,6 @@ class Descriptors:
 
 
 @functools.cache
-def shared() -> Descriptors:
+def shared() -> OpenFiles:
     """Those of this process."""
-    return Descriptors()
+    return OpenFiles()

@@ -39,7 +39,7 @@ class Shards:
         self.starts = np.cumsum([0, *map(len, self.indexes)]).tolist()  # of each shard, and the end
         self._bounds = np.array(self.starts)
         self._files = [(str(file), part.stamp) for file, part in zip(files, self.indexes, strict=True)]
-        self._descriptors = open_files.shared()
+        self._open_files = open_files.shared()
         self._changed: dict[int, Index] = {}  # shards that are not what they were when they were opened
         self.told = lengths or [part.expected for part in self.indexes]  # samples each should have; 0: nobody knows
         self.lost = _lost(self.shard_names, self.indexes, self.told)
@@ -126,7 +126,7 @@ class Shards:
         for shard in np.flatnonzero(np.diff(cuts)).tolist():
             part, rows = self.indexes[shard], samples[cuts[shard] : cuts[shard + 1]] - self.starts[shard]
             wanted = zip(part.offset[rows].tolist(), part.length[rows].tolist(), strict=True)
-            self._descriptors.will_need(self._files[shard], list(wanted))
+            self._open_files.will_need(self._files[shard], list(wanted))
 
     def _read(self, shard: int, row: int, offset: int, length: int) -> bytes:
         if not length:
@@ -134,10 +134,10 @@ class Shards:
         if length > MOST_BYTES:
             raise BadSample(f"has {length} bytes, more than {MOST_BYTES}", "too_large")
         try:
-            data = self._descriptors.pread(self._files[shard], length, offset)
+            data = self._open_files.pread(self._files[shard], length, offset)
             if data is None:
                 self._look_again(shard)
-                data = self._descriptors.pread(self._files[shard], length, offset)
+                data = self._open_files.pread(self._files[shard], length, offset)
         except FileNotFoundError:
             raise BadSample("the shard is no longer there", "shard_missing") from None
         except OSError as error:
