@@ -13,7 +13,6 @@ from benchmarks import rows
 from benchmarks.work import (
     BATCH,
     DRAWS,
-    GPUS,
     MODELS,
     NETWORK,
     NVLINK,
@@ -23,6 +22,7 @@ from benchmarks.work import (
     stages,
     tokens,
 )  # fmt: skip
+from jepa_fast.flops import CARDS
 from jepa_fast.presets import preset
 
 COPY_REACHES = 0.90  # of the datasheet's memory rate, by a large copy: an assumption until `ceiling` rows say it
@@ -45,7 +45,7 @@ def ema_table() -> str:
         encoder, _ = parameters(name)
         moved = 12.0 * encoder
         cells = [
-            f"{1e3 * moved / GPUS[g][1]:.2f} / {1e3 * moved / (0.92 * COPY_REACHES * GPUS[g][1]):.2f}"
+            f"{1e3 * moved / CARDS[g].bandwidth:.2f} / {1e3 * moved / (0.92 * COPY_REACHES * CARDS[g].bandwidth):.2f}"
             for g in ("H100", "H200")
         ]
         eager = 28.0 * encoder
@@ -63,7 +63,7 @@ def step_table(mode: str = TRAINED) -> str:
         cells = []
         for gpu in ("H100", "H200"):
             floor = sum(op.seconds(gpu) for op in ops)
-            cells += [f"{1e3 * floor:.1f}", f"{100 * flops / floor / GPUS[gpu][0]:.0f} %", f"{BATCH / floor:,.0f}"]
+            cells += [f"{1e3 * floor:.1f}", f"{100 * flops / floor / CARDS[gpu].flops:.0f} %", f"{BATCH / floor:,.0f}"]
         lines.append([label, f"{flops / BATCH / 1e9:.0f}", *cells])
     header = ["model", "GFLOP an image"]
     for gpu in ("H100", "H200"):
@@ -106,7 +106,7 @@ def goal_table(mode: str = TRAINED) -> str:
 
 
 def _at_goal(label: str, name: str, mode: str, gpu: str) -> float:
-    return model_flops(name, mode) / (GOALS[label] * MATMUL_REACHES * GPUS[gpu][0])
+    return model_flops(name, mode) / (GOALS[label] * MATMUL_REACHES * CARDS[gpu].flops)
 
 
 def monitor_table(gpu: str = "H100", log_every: int = 20) -> str:
@@ -114,12 +114,12 @@ def monitor_table(gpu: str = "H100", log_every: int = 20) -> str:
     lines = []
     for label, name in MODELS.items():
         config, (encoder, _) = preset(name), parameters(name)
-        step, bandwidth = _at_goal(label, name, TRAINED, gpu), COPY_REACHES * GPUS[gpu][1]
+        step, bandwidth = _at_goal(label, name, TRAINED, gpu), COPY_REACHES * CARDS[gpu].bandwidth
         ema = 12.0 * encoder / (0.92 * bandwidth)
         signals = 16 * 4.0 * BATCH * float(np.prod(config.grid)) * config.model.width / bandwidth + 1e-4
         by_hand = [
             28.0 * encoder / bandwidth - ema,
-            2 * model_flops_of_targets(name) / (GOALS[label] * MATMUL_REACHES * GPUS[gpu][0]),
+            2 * model_flops_of_targets(name) / (GOALS[label] * MATMUL_REACHES * CARDS[gpu].flops),
         ]
         paid = 0.03 * ema + signals / log_every
         lines.append([label, f"{1e3 * step:.0f}", f"{100 * ema / step:.2f} %", f"{100 * 0.03 * ema / step:.3f} %",
@@ -177,7 +177,7 @@ def token_table() -> str:
 
 def roofline_table(name: str = "in1k-vitb16", mode: str = TRAINED, gpu: str = "H100") -> str:
     """One step, operation by operation: what it does, what it moves, which of the two binds."""
-    rate, bandwidth = GPUS[gpu]
+    rate, bandwidth = CARDS[gpu].flops, CARDS[gpu].bandwidth
     work = stages(name, mode)
     total = sum(op.seconds(gpu) for ops in work.values() for op in ops)
     lines = []

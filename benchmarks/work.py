@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 from jepa_fast.config import Config, replace
-from jepa_fast.flops import step_flops
+from jepa_fast.flops import CARDS, step_flops
 from jepa_fast.masks.packing import plan
 from jepa_fast.masks.sample import MaskBatch, sample_masks
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.presets import preset
 
-# Datasheets, dense bf16 FLOP/s and bytes/s of memory; links: bytes/s a GPU can send (NVLink 4, one 400 Gb/s port).
-GPUS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
+# Bytes/s a GPU can send (NVLink 4, one 400 Gb/s port).
 NVLINK, NETWORK = 450e9, 50e9
 MODELS = {"B/16": "in1k-vitb16", "L/16": "in1k-vitl16", "H/14": "in1k-vith14"}
 BATCH = 128  # images a GPU
@@ -46,8 +45,8 @@ class Op:
     bytes: float
 
     def seconds(self, gpu: str) -> float:
-        rate, bandwidth = GPUS[gpu]
-        return max(self.flops / rate, self.bytes / bandwidth)
+        card = CARDS[gpu]
+        return max(self.flops / card.flops, self.bytes / card.bandwidth)
 
 
 @cache

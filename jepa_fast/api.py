@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from jepa_fast import config as configuration
-from jepa_fast.config import Config, Data, Model
+from jepa_fast.config import Config, Data, Model, Monitor
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.sample import BadSample, Source
 from jepa_fast.data.sources import evaluated
@@ -157,16 +157,15 @@ def probe_scores(
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     if len(train.labels.unique()) < 2:
         raise UsageError(f"the {len(train.labels)} training samples are all of one class: a probe needs two")
-    x, y, z, truth = train.values, train.labels, test.values, test.labels
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-8)
-    standardised = probes.ridge_predict((x - mean) / std, y, (z - mean) / std, num_classes, ridge)
-    common = torch.bincount(y, minlength=num_classes).argmax()
+    labels = train.labels, test.labels
+    config = Monitor(ridge=ridge, knn=knn, knn_temperature=temperature)
+    scores = probes.score(train.values, labels[0], test.values, labels[1], num_classes, config)
     return {
-        "ridge": probes.accuracy(standardised, truth),
-        "balanced": probes.balanced_accuracy(standardised, truth),
-        "raw": probes.accuracy(probes.ridge_predict(x, y, z, num_classes, ridge), truth),
-        "knn": probes.accuracy(probes.knn_predict(x, y, z, num_classes, knn, temperature), truth),
-        "majority": float((truth == common).double().mean()),
+        "ridge": scores["ridge"],
+        "balanced": scores["ridge/balanced"],
+        "raw": scores["ridge/raw"],
+        "knn": scores["knn"],
+        "majority": probes.accuracy(probes.majority(*labels, num_classes), test.labels),
     }
 
 

@@ -5,19 +5,17 @@ norms, GELU and softmax are not counted, nor is what is recomputed. `python -m j
 predictions for some GPUs that nobody has measured.
 """
 
-import argparse
 import math
 import sys
 import time
 from dataclasses import dataclass
 from functools import cache
-from typing import NoReturn
 
 import numpy as np
 import torch
 
 from jepa_fast.config import Config, check, replace
-from jepa_fast.errors import UsageError, one_line_errors
+from jepa_fast.errors import Arguments, UsageError, one_line_errors
 from jepa_fast.inputs import find
 from jepa_fast.masks import packing
 from jepa_fast.masks.packing import MaskPlan
@@ -201,15 +199,10 @@ def predicted_rate(config: Config, plans: list[MaskPlan], card: Card) -> float:
     return inputs / (work / (ATTAINED * card.flops) + moved / card.bandwidth)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; --help lists the options")
-
-
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Operations of a preset's step from its masks, its memory, and predictions for GPUs."""
-    parser = _Parser(prog="python -m jepa_fast.flops", description=main.__doc__, allow_abbrev=False)
+    parser = Arguments("flops", main.__doc__ or "")
     parser.add_argument("preset")
     parser.add_argument("--share", type=int, default=128, help="inputs of one device's batch (%(default)s)")
     parser.add_argument("--masks.mode", dest="mode", help="instead of the preset's")

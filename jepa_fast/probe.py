@@ -5,7 +5,6 @@ always next to the untrained encoder and the majority class; on the run's data o
 --data.embedded), as the paper probes ImageNet encoders on CIFAR. Writes probe.json into the run folder.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -17,14 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jepa_fast import checkpoint
 from jepa_fast.config import Config, replace
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.sample import BadSample, Source
 from jepa_fast.data.sources import evaluated
-from jepa_fast.errors import UsageError, one_line_errors, reading
+from jepa_fast.errors import Arguments, UsageError, one_line_errors, reading
 from jepa_fast.inputs import find
-from jepa_fast.interop.pretrained import build, configuration
+from jepa_fast.interop.pretrained import build, open_run
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import probes
 
@@ -40,20 +38,9 @@ def load(folder: Path, step: int | None = None) -> tuple[Config, dict[str, nn.Mo
 
     folder: of a run, or one of its checkpoints.
     """
-    at = folder if (folder / "meta.json").is_file() else None
-    folder = folder.parent.parent if at else folder
-    have = checkpoint.found(folder)
-    if at and step is not None:
-        raise UsageError(f"--step {step}: {at} is one checkpoint already; give the run folder {folder}")
-    if (at is None and not have) or (step is not None and step not in have):
-        if not have:
-            raise UsageError(
-                f"{folder} has no checkpoint: give the folder of a run of this trainer, or one of its checkpoints"
-            )
-        raise UsageError(f"{folder} has no checkpoint of step {step}; there is {have}")
-    path = at or folder / "checkpoints" / f"step-{have[-1] if step is None else step}"
-    state = checkpoint.load(path)
-    config = configuration(state.get("config"), f"the configuration in {path}")
+    if step is not None and (folder / "meta.json").is_file():
+        raise UsageError(f"--step {step}: {folder} is one checkpoint already; give the folder of its run")
+    config, state, path = open_run(folder, step)
     trained = build(config, state["model"], str(path))
     torch.manual_seed(config.train.seed)  # as the run drew its weights, before --init.from if there was one
     untrained = JEPA(config).context_encoder
@@ -90,23 +77,16 @@ def pooled(source: Source, count: int, encoders: dict[str, nn.Module], device: t
             for name, encoder in encoders.items():
                 features[name].append(encoder(inputs).float().mean(1))
     if not labels:
-        raise UsageError("not one sample of the probe set can be read; mend the data")
+        raise UsageError("not one sample of the probe set can be read; check the data")
     return {name: torch.cat(parts) for name, parts in features.items()}, torch.tensor(labels, device=device)
 
 
 def score(x: Tensor, y: Tensor, test: Tensor, truth: Tensor, num_classes: int, config: Config) -> dict[str, float]:
     """Accuracies by protocol, of one encoder's features; `sgd` and `ridge` on features standardised by the training ones."""
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-8)
-    a, b, m = (x - mean) / std, (test - mean) / std, config.monitor
+    a, b = probes.standardise(x, test)
     by_sgd, rate = probes.sgd_predict(a, y, b, num_classes)
-    by_ridge = probes.ridge_predict(a, y, b, num_classes, m.ridge)
-    return {
-        "sgd": probes.accuracy(by_sgd, truth), "sgd/balanced": probes.balanced_accuracy(by_sgd, truth),
-        "ridge": probes.accuracy(by_ridge, truth), "ridge/balanced": probes.balanced_accuracy(by_ridge, truth),
-        "ridge/raw": probes.accuracy(probes.ridge_predict(x, y, test, num_classes, m.ridge), truth),
-        "knn": probes.accuracy(probes.knn_predict(x, y, test, num_classes, m.knn, m.knn_temperature), truth),
-        "sgd/rate": rate,
-    }  # fmt: skip
+    sgd = {"sgd": probes.accuracy(by_sgd, truth), "sgd/balanced": probes.balanced_accuracy(by_sgd, truth)}
+    return sgd | probes.score(x, y, test, truth, num_classes, config.monitor) | {"sgd/rate": rate}
 
 
 def probe(folder: Path, changes: dict[str, Any], step: int | None, num_train: int, num_test: int) -> dict[str, Any]:
@@ -125,8 +105,7 @@ def probe(folder: Path, changes: dict[str, Any], step: int | None, num_train: in
     encoders = {name: encoder.to(device) for name, encoder in encoders.items()}
     x, y = pooled(dataset.probe_train, num_train, encoders, device, config.data.workers)
     test, truth = pooled(dataset.probe_test, num_test, encoders, device, config.data.workers)
-    common = y.bincount(minlength=dataset.num_classes).argmax()
-    majority = torch.full_like(truth, int(common))
+    majority = probes.majority(y, truth, dataset.num_classes)
     return {
         "checkpoint": at, "data": dataset.description, "train": len(y), "test": len(truth),
         "classes": dataset.num_classes,
@@ -177,7 +156,7 @@ def _earlier(file: Path) -> list[dict[str, Any]]:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jepa_fast.probe", description=__doc__.split("\n")[0])
+    parser = Arguments("probe", __doc__.split("\n")[0])
     parser.add_argument("run", metavar="RUN", help="folder of a run, or one of its checkpoints: RUN/checkpoints/best")
     parser.add_argument("--step", type=int, help="checkpoint to probe; default: the newest")
     parser.add_argument("--data.path", dest="path", help="another data set of the same kind and shape")

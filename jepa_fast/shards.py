@@ -5,12 +5,11 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 from jepa_fast.data.convert import verify
 from jepa_fast.data.convert.inputs import SeriesOptions, open_inputs
 from jepa_fast.data.convert.to_shards import Options, convert
-from jepa_fast.errors import UsageError, one_line_errors
+from jepa_fast.errors import Arguments, UsageError, one_line_errors
 
 USAGE = """usage: python -m jepa_fast.shards SOURCE FOLDER [options]     make shards
        python -m jepa_fast.shards --verify SHARDS [--workers N]   read every sample, name what is bad; 1 if anything is
@@ -31,13 +30,8 @@ SHARDS  a folder of .tar, a brace pattern, a glob, or a list joined by ::
 Called again after an interruption it goes on. Same source and options, same bytes."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; python -m jepa_fast.shards --help shows how")
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="jepa_fast.shards", add_help=False, allow_abbrev=False)
+    parser = Arguments("shards", USAGE)
     parser.add_argument("source", nargs="?")
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--verify", metavar="SHARDS")

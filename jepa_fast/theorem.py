@@ -6,7 +6,6 @@ Then E ||f(x) - g(x_hat)||_F <= L_f B sqrt(pN) + ||D||_2 E ||x_hat||_F with L_f 
 norms by SVD, p from the masks really drawn. Writes a run folder as any run does; `report` shows it.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +19,7 @@ from fused_ema import FusedEMA
 from jepa_fast import rundir
 from jepa_fast.data.dataset import open_dataset
 from jepa_fast.data.sources import fixed_draw
-from jepa_fast.errors import UsageError, one_line_errors
+from jepa_fast.errors import Arguments, UsageError, one_line_errors
 from jepa_fast.inputs.series import patchify_series
 from jepa_fast.monitor import CollapseMonitor
 from jepa_fast.presets import preset
@@ -134,7 +133,7 @@ def tokens(count: int = 2048) -> Tensor:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jepa_fast.theorem", description=__doc__.split("\n")[0])
+    parser = Arguments("theorem", __doc__.split("\n")[0])
     parser.add_argument("--decay", type=float, default=0.996, help="beta of equation 1")
     parser.add_argument("--ratio", type=float, default=0.7, help="share of hidden tokens, p")
     parser.add_argument("--steps", type=int, default=600)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 
 from jepa_fast.config import replace
+from jepa_fast.masks.remarks import hoeffding
 from jepa_fast.model.jepa import JEPA
 from jepa_fast.monitor import Examination, probes
 from jepa_fast.monitor.fixed_masks import FixedMasks
@@ -192,7 +193,7 @@ def test_a_fixed_number_of_hidden_tokens_varies_less_than_bernoullis_and_blocks_
         hidden = num_tokens - masks.context_cu.diff().double()
         p = float(hidden.mean()) / num_tokens
         count[name] = float(hidden.var()) / (num_tokens * p * (1 - p))
-        assert (hidden <= bound.hoeffding(num_tokens, p)).double().mean() > (0.95 if name == "demo" else 0.5)
+        assert (hidden <= hoeffding(num_tokens, p)).double().mean() > (0.95 if name == "demo" else 0.5)
     assert count["demo"] == 0 and count["in1k-vitb16"] > 2
 
 

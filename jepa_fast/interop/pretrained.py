@@ -54,30 +54,33 @@ def load_encoder(path: str | Path, which: Which = "target", step: int | None = N
 
 def load_jepa(path: str | Path, step: int | None = None) -> tuple[JEPA, Config, int]:
     """(both encoders and predictor, configuration, optimizer steps) of one of our runs, or of its checkpoint. Raises UsageError."""
-    config, state, _ = _open_run(Path(path), step)
+    config, state, _ = open_run(Path(path), step)
     jepa = build(config, state["model"], str(path))
     jepa.load_state_dict(state["model"])
     return jepa.eval().requires_grad_(False), config, state["step"]
 
 
 def _from_run(path: Path, which: str, step: int | None) -> Pretrained:
-    config, state, run = _open_run(path, step)
+    config, state, held = open_run(path, step)
     encoder = encoder_of(config, state["model"], which, str(path))
-    return Pretrained(encoder, which, f"run {run}", state.get("step"), config)
+    return Pretrained(encoder, which, f"run {held.parent.parent}", state.get("step"), config)
 
 
-def _open_run(path: Path, step: int | None) -> tuple[Config, dict[str, Any], Path]:
-    """(configuration, state of a checkpoint, run folder)."""
-    if (path / "meta.json").is_file():
-        run, state = path.parent.parent, checkpoint.load(path)
-    else:
-        run, found = path, checkpoint.found(path)
+def open_run(path: Path, step: int | None) -> tuple[Config, dict[str, Any], Path]:
+    """(configuration, state, folder of the checkpoint) of a run or of one of its checkpoints. Raises UsageError.
+
+    step: which checkpoint of a run; None: the newest.
+    """
+    held = path
+    if not (path / "meta.json").is_file():
+        found = checkpoint.found(path)
         if step is None and not found:
             raise UsageError(f"{path} holds no checkpoint yet; let the run write one (--checkpoint.every N)")
         if step is not None and step not in found:
             raise UsageError(f"{path} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}")
-        state = checkpoint.load(path / "checkpoints" / f"step-{found[-1] if step is None else step}")
-    return configuration(state.get("config"), f"the configuration in {path}"), state, run
+        held = path / "checkpoints" / f"step-{found[-1] if step is None else step}"
+    state = checkpoint.load(held)
+    return configuration(state.get("config"), f"the configuration in {path}"), state, held
 
 
 def configuration(text: Any, where: str) -> Config:

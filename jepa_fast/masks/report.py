@@ -5,18 +5,18 @@ how much the number of hidden tokens |M| and the hidden part of an input vary, b
 that hide as much on average.
 """
 
-import argparse
 import math
 import statistics
 import time
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 
 from jepa_fast.config import Masks
 from jepa_fast.data.readers.generated import texture
-from jepa_fast.errors import UsageError, one_line_errors
+from jepa_fast.errors import Arguments, UsageError, one_line_errors
 from jepa_fast.extension import extension
+from jepa_fast.masks import remarks
 from jepa_fast.masks.reference import BLOCKLESS, MODES
 from jepa_fast.masks.sample import Backend, MaskBatch, check_masks, sample_masks, visible_before_cut
 
@@ -57,15 +57,10 @@ class MaskStats(NamedTuple):
     micros: dict[str, str]  # by sampler
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; --help lists the options")
-
-
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Print what each mode really draws, and how fast."""
-    parser = _Parser(prog="python -m jepa_fast.masks", description=main.__doc__, allow_abbrev=False)
+    parser = Arguments("masks", main.__doc__ or "")
     parser.add_argument("--report", action="store_true", required=True)
     parser.add_argument("--mode", choices=MODES, help="only this one")
     parser.add_argument("--grid", type=int, nargs="+", default=[14, 14], help="rows and columns, or patches")
@@ -179,8 +174,8 @@ def _energies(grid: tuple[int, ...], seed: int) -> np.ndarray:
 def _variance(mode: str, drawn: MaskStats, grid: tuple[int, ...], energies: np.ndarray) -> str:
     hidden = ~drawn.shown
     num_tokens, count, p = hidden.shape[1], hidden.sum(1), hidden.mean()
-    independent = num_tokens * p * (1 - p)
-    bound = p * num_tokens + math.sqrt(num_tokens / 2 * math.log(2 / DELTA))
+    independent = remarks.variance(num_tokens, p)
+    bound = remarks.hoeffding(num_tokens, p, DELTA)
     # Var(sum m_i a_i) = a' Cov(m) a: computed as the variance of the hidden energy over the masks, for each input.
     energy = (
         (hidden @ energies.T).var(0, ddof=1) / (p * (1 - p) * (energies**2).sum(1)) if len(hidden) > 1 else np.zeros(1)

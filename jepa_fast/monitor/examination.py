@@ -18,6 +18,8 @@ from jepa_fast.monitor.measures.readout import pseudo_classes, readout
 
 FULL_INPUTS = 256  # inputs of the fixed set on which both encoders see everything
 READOUT_INPUTS = 1000  # of the probe's training inputs, and of its test inputs
+# Metric keys of the probe's protocols: ridge is the headline and has none of its own.
+PROBES = {"ridge": "", "ridge/balanced": "/balanced", "ridge/raw": "/raw", "knn": "/knn"}
 LIDAR_INPUTS, JACOBIAN_INPUTS, LAYER_INPUTS = 128, 16, 16
 
 
@@ -185,9 +187,11 @@ class Examination:
         if self.probe_set is None:
             return {}
         record: dict[str, float] = {}
+        y, truth = (labels.to(self.device) for labels in (self.probe_set.train_labels, self.probe_set.test_labels))
         for name in self.encoders:
-            scores = probes.score(self._features(name), self._features(name, test=True), self.probe_set, self.config)
-            record |= {f"probe/{name}{protocol}": value for protocol, value in scores.items()}
+            x, test = self._features(name), self._features(name, test=True)
+            scores = probes.score(x, y, test, truth, self.probe_set.num_classes, self.config)
+            record |= {f"probe/{name}{suffix}": scores[protocol] for protocol, suffix in PROBES.items()}
         return record | {"probe/majority": self.probe_set.majority, "probe/num_test": len(self.probe_set.test)}
 
     def _held_out(self) -> dict[str, float]:

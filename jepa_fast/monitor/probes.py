@@ -32,8 +32,7 @@ class ProbeSet:
     @property
     def majority(self) -> float:
         """Accuracy on the test samples of always naming the most common training class."""
-        common = torch.bincount(self.train_labels, minlength=self.num_classes).argmax()
-        return float((self.test_labels == common).double().mean())
+        return accuracy(majority(self.train_labels, self.test_labels, self.num_classes), self.test_labels)
 
 
 def collect(
@@ -58,25 +57,35 @@ def features(encoder: nn.Module, inputs: Tensor, device: torch.device, batch_siz
     return torch.cat([encoder(x.to(device)).float().mean(1) for x in inputs.split(batch_size)])
 
 
-def score(x: Tensor, test: Tensor, probe: ProbeSet, config: Monitor) -> dict[str, float]:
-    """Accuracies of pooled features, training x [n, D] and test [m, D].
+def score(x: Tensor, y: Tensor, test: Tensor, truth: Tensor, num_classes: int, config: Monitor) -> dict[str, float]:
+    """Accuracies of features x [n, D] with labels y int64 [n], on test [m, D] with labels truth int64 [m].
 
-    '': ridge on standardised features, '/balanced': its mean recall over classes, '/raw': ridge on features as they
-    are, '/knn'. NaN all, if a feature is not finite: such features have no accuracy, not a low one.
+    'ridge' on standardised features, 'ridge/balanced' its mean recall over classes, 'ridge/raw' on features as they are,
+    'knn'. NaN all, if a feature is not finite: such features have no accuracy, not a low one.
     """
     if not (x.isfinite().all() and test.isfinite().all()):
-        return dict.fromkeys(("", "/balanced", "/raw", "/knn"), math.nan)
-    y, truth = probe.train_labels.to(x.device), probe.test_labels.to(x.device)
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-8)
-    standardised = ridge_predict((x - mean) / std, y, (test - mean) / std, probe.num_classes, config.ridge)
-    raw = ridge_predict(x, y, test, probe.num_classes, config.ridge)
-    near = knn_predict(x, y, test, probe.num_classes, config.knn, config.knn_temperature)
+        return dict.fromkeys(("ridge", "ridge/balanced", "ridge/raw", "knn"), math.nan)
+    a, b = standardise(x, test)
+    standardised = ridge_predict(a, y, b, num_classes, config.ridge)
+    raw = ridge_predict(x, y, test, num_classes, config.ridge)
+    near = knn_predict(x, y, test, num_classes, config.knn, config.knn_temperature)
     return {
-        "": accuracy(standardised, truth),
-        "/balanced": balanced_accuracy(standardised, truth),
-        "/raw": accuracy(raw, truth),
-        "/knn": accuracy(near, truth),
+        "ridge": accuracy(standardised, truth),
+        "ridge/balanced": balanced_accuracy(standardised, truth),
+        "ridge/raw": accuracy(raw, truth),
+        "knn": accuracy(near, truth),
     }
+
+
+def standardise(x: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Both by mean and standard deviation of the training features x [n, D]."""
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-8)
+    return (x - mean) / std, (test - mean) / std
+
+
+def majority(y: Tensor, truth: Tensor, num_classes: int) -> Tensor:
+    """The most common training class as the prediction of every test sample, int64 [m]."""
+    return torch.full_like(truth, int(y.bincount(minlength=num_classes).argmax()))
 
 
 def ridge_predict(x: Tensor, y: Tensor, test: Tensor, num_classes: int, ridge: float) -> Tensor:

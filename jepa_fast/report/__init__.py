@@ -5,13 +5,12 @@ offline, and its figure as phase.png and phase.svg; of several runs comparison.h
 paper. Nothing here calls a run collapsed by its loss or its discrepancy.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from jepa_fast import rundir
 from jepa_fast.config import Config
-from jepa_fast.errors import UsageError, one_line_errors, reading
+from jepa_fast.errors import Arguments, UsageError, one_line_errors, reading
 from jepa_fast.report import compare, coverage, paper
 from jepa_fast.report.figure import detail_figures, phase_figure, svg
 from jepa_fast.report.logs import left_out, read_log
@@ -83,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0
-    parser = _Parser(prog="python -m jepa_fast.report", add_help=False)
+    parser = Arguments("report", USAGE)
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--figure", type=int)
     parser.add_argument("--out", type=Path, default=Path("."))
@@ -97,11 +96,6 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(f"report: {write(folders[0])}")
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message}; give run folders, as in python -m jepa_fast.report runs/demo-1")
 
 
 def _run(folder: Path) -> Path:

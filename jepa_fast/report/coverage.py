@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from jepa_fast import schedules
 from jepa_fast.config import Config
+from jepa_fast.masks import remarks
 from jepa_fast.masks.reference import BLOCKLESS
 from jepa_fast.masks.sample import sample_masks
 from jepa_fast.report.figure import LIGHT, SMALL, bare
@@ -31,12 +32,11 @@ class Coverage:
     @property
     def bernoulli_variance(self) -> float:
         """Remark B.1: N p (1 - p)."""
-        return len(self.visible) * self.p * (1 - self.p)
+        return remarks.variance(len(self.visible), self.p)
 
     def hoeffding(self, delta: float = 0.05) -> tuple[float, float]:
         """(pN + sqrt(N / 2 log(2 / delta)), share of the masks drawn that keep to it): remark B.1 promises 1 - delta."""
-        n = len(self.visible)
-        limit = self.p * n + math.sqrt(n / 2 * math.log(2 / delta))
+        limit = remarks.hoeffding(len(self.visible), self.p, delta)
         return limit, float((self.hidden <= limit).mean())
 
 

@@ -6,8 +6,6 @@ through an entrywise activation. For one layer it is a bound (`jepa_fast.theorem
 It cannot show that the discrepancy is small, so nothing is decided by it.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -61,14 +59,6 @@ def _bernoulli_std(sizes: Tensor, p: Tensor) -> Tensor:
     """Standard deviation of ||M x_hat|| over inputs, were each token hidden by itself (remark B.2), on fixed draws."""
     draws = torch.rand(8, *sizes.shape, generator=torch.Generator().manual_seed(0)).to(sizes.device)
     return ((draws < p) * sizes).sum(-1).sqrt().std()
-
-
-# ---- masks: remarks B.1 and B.2 --------------------------------------------------------------------
-
-
-def hoeffding(num_tokens: int, p: float, delta: float = 0.05) -> float:
-    """Remark B.1: |M| <= pN + sqrt(N / 2 log(2 / delta)) with probability 1 - delta, for independent tokens."""
-    return p * num_tokens + math.sqrt(num_tokens / 2 * math.log(2 / delta))
 
 
 # ---- L_f through the Jacobian ----------------------------------------------------------------------
