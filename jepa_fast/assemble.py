@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_fast import checkpoint, inputs, log, optim, parallel, preemption, rundir, schedules
+from jepa_fast import checkpoint, inputs, optim, parallel, preemption, rundir, schedules, sinks
 from jepa_fast.clock import Clock
 from jepa_fast.config import Config, check, get, replace
 from jepa_fast.data.dataset import Dataset, open_dataset
@@ -22,7 +22,7 @@ from jepa_fast.data.sources import fixed_draw
 from jepa_fast.ema import TargetEMA
 from jepa_fast.errors import UsageError
 from jepa_fast.interop import initial_weights, load_encoder
-from jepa_fast.log import Progress
+from jepa_fast.log import Progress, RunLog
 from jepa_fast.masks.ladder import ladder
 from jepa_fast.masks.sample import check_masks
 from jepa_fast.model.attention import choose_backend
@@ -43,8 +43,7 @@ def set_up(config: Config, resume: str, world: World, stop: preemption.Preemptio
             check_masks(schedules.masks(config.masks, step, 1), config.grid)
         dataset = open_dataset(config, typed)
         config = _fitted(config, dataset)
-        if config.log.tensorboard:
-            log.need_tensorboard()
+        sinks.check(config)
     folder, start = _folder(config, resume, world)
     held = folder / "checkpoints" / f"step-{start}"
     state = checkpoint.read_state(held) if start else None
@@ -70,7 +69,7 @@ def set_up(config: Config, resume: str, world: World, stop: preemption.Preemptio
     progress = Progress(steps, start, quiet=not world.is_main, every=max(config.monitor.every, steps // 40))
     examination = _examination(config, dataset, jepa, world, layout)
     clock = Clock(world, half=config.train.precision == "bf16")
-    jepa.target_encoder.encode = clock.timed("target", jepa.target_encoder.encode)  # type: ignore[method-assign]
+    jepa.phase = clock.phase_of_forward
     buckets = None
     if compiles(config, world.device):
         buckets = ladder(config, _forwarded(config, world))
@@ -85,13 +84,14 @@ def set_up(config: Config, resume: str, world: World, stop: preemption.Preemptio
         )
         jepa.targets.forget()  # what it has seen was no data
     loader = Loader(config, dataset.train, config.train.seed, world.rank, world.size, start, steps + 1, buckets)
-    lock = None
+    lock, log = None, None
     with parallel.lead(world):
         if world.is_main:  # from here on the folder is written to
             lock = rundir.claim(config, folder, new=not config.run.dir and not start)
+            log = RunLog(folder, start, sinks.opened(config, folder, start))
     stop.folder = folder
     monitor = CollapseMonitor(
-        folder, ema.fused, loss=jepa.loss, target_norm=jepa.target_norm, grid=config.grid, every=config.log.every,
+        log, ema.fused, loss=jepa.loss, target_norm=jepa.target_norm, grid=config.grid, every=config.log.every,
         spectral_every=config.monitor.spectral_every, examination=examination, start=start, say=progress.say,
     )  # fmt: skip
     if state is not None:
@@ -100,11 +100,9 @@ def set_up(config: Config, resume: str, world: World, stop: preemption.Preemptio
     run = Run(
         config, world, layout, folder, steps, warmup, start, dataset, jepa, model, optimizer, ema, monitor, loader,
         clock, stop, checkpoint.Writer(folder, config.checkpoint.keep, world.files),
-        Best(checkpoint.kept(folder)), progress, lock,
+        Best(checkpoint.kept(folder)), progress, log, lock,
     )  # fmt: skip
     if run.log:
-        if config.log.tensorboard:
-            run.log.mirror_to_tensorboard(folder / "tensorboard", start)
         if start:
             run.log.event("resume", start, processes=world.size)
         tell_of_data(run, start, dataset.lost)

@@ -6,8 +6,8 @@ import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,16 +59,11 @@ class Clock:
             if self._syncs and name in SEES_THE_HOST:
                 self._syncs.count = syncs
 
-    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, as a phase of that name where it is part of a training step's forward."""
-
-        def measured(*args: Any, **kwargs: Any) -> Any:
-            if self.phase_now != "forward":
-                return call(*args, **kwargs)
-            with self.phase(name):
-                return call(*args, **kwargs)
-
-        return measured
+    @contextmanager
+    def phase_of_forward(self, name: str) -> Iterator[None]:
+        """A phase of that name where a training step's forward runs; nothing elsewhere."""
+        with self.phase(name) if self.phase_now == "forward" else nullcontext():
+            yield
 
     def _now(self) -> Any:
         if not self.cuda:

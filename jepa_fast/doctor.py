@@ -38,6 +38,8 @@ PACKAGES = (
     "transformers",
     "timm",
     "tensorboard",
+    "wandb",
+    "trackio",
 )
 
 

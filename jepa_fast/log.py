@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,73 +33,87 @@ def repeatable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if not key.startswith(MACHINE)} for record in records]
 
 
-class RunLog:
-    """Appends records and events to a run folder. On resume, what lies after the checkpoint is cut off.
+class Sink:
+    """Where a run's records go, one at a time. `jepa_fast.sinks` has those that --log.* opens."""
 
-    Without a folder both are kept in memory only.
+    def record(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+
+    def event(self, event: dict[str, Any]) -> None:
+        """A line of events.jsonl."""
+
+    def close(self) -> None:
+        """No more will come."""
+
+
+class JSONL(Sink):
+    """metrics.jsonl and events.jsonl of a run folder. On resume, what lies after the checkpoint is cut off."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        self.records, self.events = (
+            _truncate(folder / name, resume_step) for name in ("metrics.jsonl", "events.jsonl")
+        )
+        self._metrics, self._events = (
+            (folder / name).open("a", encoding="utf-8") for name in ("metrics.jsonl", "events.jsonl")
+        )
+
+    def record(self, record: dict[str, Any]) -> None:
+        _append(self._metrics, record)
+
+    def event(self, event: dict[str, Any]) -> None:
+        _append(self._events, event)
+
+    def close(self) -> None:
+        for stream in (self._metrics, self._events):
+            with suppress(OSError):  # a full disk has been reported already
+                stream.close()
+
+
+class RunLog:
+    """All records and events of a run, kept in memory and handed on to every sink.
+
+    folder: where metrics.jsonl and events.jsonl go, and from where those before `resume_step` are read; None: nowhere.
     """
 
-    def __init__(self, folder: Path | None, resume_step: int):
-        self._board: Any = None
+    def __init__(self, folder: Path | None, resume_step: int, sinks: Iterable[Sink] = ()):
         self.records: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
-        self._metrics, self._events = None, None
+        self.sinks = list(sinks)
         if folder is not None:
-            self.records = _truncate(folder / "metrics.jsonl", resume_step)
-            self.events = _truncate(folder / "events.jsonl", resume_step)
-            self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-            self._events = (folder / "events.jsonl").open("a", encoding="utf-8")
+            files = JSONL(folder, resume_step)
+            self.records, self.events = list(files.records), list(files.events)
+            self.sinks.insert(0, files)
 
     def record(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        _append(self._metrics, record)
-        if self._board is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, record["step"])
+        for sink in self.sinks:
+            sink.record(record)
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         self.events.append({"kind": kind, "step": step, **details})
-        _append(self._events, self.events[-1])
-
-    def mirror_to_tensorboard(self, folder: Path, resume_step: int) -> None:
-        """From here on write records there too; what lies after `resume_step` is hidden."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(folder), purge_step=resume_step or None)
+        for sink in self.sinks:
+            sink.event(self.events[-1])
 
     def close(self) -> None:
-        for stream in (self._metrics, self._events, self._board):
-            if stream is not None:
-                with suppress(OSError):  # what a full disk did not take has been told
-                    stream.close()
-
-
-def need_tensorboard() -> None:
-    """Raises UsageError if the package is not there."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError:
-        raise UsageError("--log.tensorboard needs a package: pip install tensorboard, or leave it out") from None
+        for sink in self.sinks:
+            sink.close()
 
 
 def _append(stream: Any, line: dict[str, Any]) -> None:
-    if stream is None:
-        return
     plain = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in line.items()}
-    with _told(stream.name):
+    with _one_line(stream.name):
         stream.write(json.dumps(plain) + "\n")
         stream.flush()
 
 
 @contextmanager
-def _told(path: Path | str) -> Iterator[None]:
-    """A disk that is full or gone is one line."""
+def _one_line(path: Path | str) -> Iterator[None]:
+    """An error of the disk becomes a UsageError."""
     try:
         yield
     except OSError as error:
         raise UsageError(
-            f"cannot write {path}: {error.strerror}; mend that, then --resume: checkpoints are intact"
+            f"cannot write {path}: {error.strerror}; fix that, then --resume: checkpoints are intact"
         ) from None
 
 
@@ -125,7 +139,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             bad.append(number)
     if bad:
         told = f"{len(bad)} lines are" if len(bad) > 1 else "a line is"
-        print(f"warning: {path}: {told} no record and left out (line {bad[0]})", file=sys.stderr)
+        print(f"warning: {path}: {told} no record of a step and left out (line {bad[0]})", file=sys.stderr)
     return records
 
 
@@ -140,7 +154,7 @@ def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
     """Keep the records before `step` only (a resumed run writes those from `step` on again)."""
     kept = [r for r in read(path) if r.get("called_at", r.get("step", 0)) < step or r.get("kind") in LASTING]
     beside = path.with_name(f".{path.name}.partial")
-    with _told(path):
+    with _one_line(path):
         beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         beside.rename(path)
     return kept

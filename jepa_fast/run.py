@@ -50,12 +50,8 @@ class Run:
     writer: checkpoint.Writer
     best: Best  # look so far
     progress: Progress
+    log: RunLog | None  # on the main process
     lock: IO[str] | None  # of the folder, on the main process
-
-    @property
-    def log(self) -> RunLog | None:
-        """On the main process."""
-        return self.monitor.log
 
     def records(self, step: int) -> bool:
         """Whether a line of metrics.jsonl is written before step `step`."""
@@ -243,6 +239,7 @@ def close(run: Run) -> None:
     if run.log is None:
         return
     events = run.monitor.close()
+    run.log.close()
     print()
     print(report.verdict(run.log.records, events, run.dataset.description))
     for event in events:

@@ -8,8 +8,8 @@ import torch
 
 from jepa_fast import inputs, train
 from jepa_fast.config import Config, check, replace
+from jepa_fast.data.by_kind import READERS, KindReader
 from jepa_fast.data.opened import Opened
-from jepa_fast.data.readers.by_kind import READERS, KindReader
 from jepa_fast.data.readers.series import SeriesSource
 from jepa_fast.errors import UsageError
 from jepa_fast.log import read

@@ -297,6 +297,10 @@ class Log:
     """Steps between records of metrics.jsonl."""
     tensorboard: bool = False
     """Also write records as TensorBoard events (needs the package tensorboard)."""
+    wandb: str = ""
+    """Also send records to this project of Weights & Biases (needs the package wandb)."""
+    trackio: str = ""
+    """Also write records to this project of trackio (needs the package trackio)."""
     report: bool = True
     """Write report.html and its figures at the end; `python -m jepa_fast.report FOLDER` writes them later."""
 

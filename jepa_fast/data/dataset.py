@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jepa_fast.config import Config, Data
+from jepa_fast.data.by_kind import reader_of
+from jepa_fast.data.from_shards import open_shards, open_stream
 from jepa_fast.data.opened import Opened, digest
 from jepa_fast.data.readers import generated, ucr
-from jepa_fast.data.readers.by_kind import reader_of
-from jepa_fast.data.readers.from_shards import open_shards, open_stream
 from jepa_fast.data.sample import TRUSTED, Bad, BadSample, Source
 from jepa_fast.data.shards import paths
 from jepa_fast.data.sources import Joined, Subset, evaluated

@@ -1,6 +1,6 @@
 """Kinds of input: images, series. `find(config.data.kind)` gives the record; a new kind calls `register`.
 
-How files of a kind are read is in `jepa_fast.data.readers.by_kind`.
+How files of a kind are read is in `jepa_fast.data.by_kind`.
 """
 
 from jepa_fast.errors import UsageError, suggest

@@ -9,6 +9,8 @@ encodings, the layer-normed targets and the loss, whose sums over many small ter
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -48,6 +50,7 @@ class JEPA(nn.Module):
         self.targets = Targets(self.target_norm, config.objective.target_stats, config.num_tokens, wanted)
         self.regularizer = Regularizer(config.regularizer.kind, config.regularizer.weight, config.train.seed)
         self.cuda_graphs = model.cuda_graphs
+        self.phase: Callable[[str], AbstractContextManager] = nullcontext  # a clock replaces it
         self.context_encoder = _encoder(config)
         self.target_encoder = _encoder(config).requires_grad_(False)
         self.predictor = Predictor(
@@ -68,7 +71,8 @@ class JEPA(nn.Module):
         self._check(inputs, plan)
 
         with torch.no_grad():
-            target = self.target_encoder.encode(patches)  # [B, N, D]
+            with self.phase("target"):
+                target = self.target_encoder.encode(patches)  # [B, N, D]
             wanted = patches if self.pixels else target
             statistics = self.targets.statistics(wanted)
             regression = self.targets(wanted, statistics)  # [B, N, D]

@@ -35,7 +35,8 @@ class CollapseMonitor:
         monitor.observe(loss, context=z, target=h, visible=masks_enc, hidden=masks_pred)  # every step, after the forward
         monitor.close()
 
-    folder: where metrics.jsonl and events.jsonl go; None keeps them in memory (`records`, `events`).
+    folder: where metrics.jsonl and events.jsonl go; None keeps them in memory (`records`, `events`); or a RunLog that is
+    open, which the monitor then writes through and does not close.
     weights: what the drift is measured on. A FusedEMA (its distances cost nothing more), or (context encoder, target
     encoder), or pairs of tensors (theta, theta_bar), named or not; None: no drift.
     loss, target_norm: which loss it is, and how targets are normalised in it (a name of `--objective.target_norm`, or
@@ -52,7 +53,7 @@ class CollapseMonitor:
 
     def __init__(
         self,
-        folder: str | Path | None,
+        folder: str | Path | RunLog | None,
         weights: Weights | None = None,
         *,
         loss: Literal["l2", "smooth_l1", "l1"] | None = None,
@@ -72,7 +73,10 @@ class CollapseMonitor:
         self.drift = Drift(weights) if weights is not None else None
         self.identity = Identity(self.drift.ema) if self.drift else None
         self.world = parallel.here()
-        self.log = _open(folder, start) if self.world.is_main else None
+        self.log = None
+        if self.world.is_main:
+            self.log = folder if isinstance(folder, RunLog) else _open(folder, start)
+        self._owns_log = not isinstance(folder, RunLog)
         self._detector = phase.Detector()
         for record in self.records:  # of a log that goes on: its events were reported already
             self._detector.add(record)
@@ -273,11 +277,12 @@ class CollapseMonitor:
         return self.log.events if self.log else []
 
     def close(self) -> list[Record]:
-        """Close the files. Returns all phase events; a collapse phase with its share of the whole run."""
+        """Close the files that it opened. Returns all phase events; a collapse phase with its share of the whole run."""
         if self.log:
             for event in self._detector.phase_so_far():
                 self.log.event(event.kind, event.step, **event.entry())
-            self.log.close()
+            if self._owns_log:
+                self.log.close()
         return phase.latest([e for e in self.events if "evidence" in e])
 
     def __enter__(self) -> "CollapseMonitor":

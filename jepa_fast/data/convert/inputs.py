@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from jepa_fast.bounded import read_bytes
+from jepa_fast.data import from_shards
 from jepa_fast.data.opened import digest
-from jepa_fast.data.readers import cifar, from_shards, image_folder, series, series_folder, series_gaps, ucr
+from jepa_fast.data.readers import cifar, image_folder, series, series_folder, series_gaps, ucr
 from jepa_fast.data.readers.series import SeriesFile
 from jepa_fast.data.sample import BadSample
 from jepa_fast.data.shards import paths, tar

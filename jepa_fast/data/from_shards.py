@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from jepa_fast.config import Data
+from jepa_fast.data.by_kind import reader_of
 from jepa_fast.data.opened import Opened, digest
-from jepa_fast.data.readers.by_kind import reader_of
 from jepa_fast.data.sample import TRUSTED, Source
 from jepa_fast.data.shards import paths
 from jepa_fast.data.shards.index import Index
