@@ -97,7 +97,11 @@ def choices(device: torch.device) -> Iterator[tuple[str, str]]:
     ema = next(
         (b for b in (("triton", "torch") if device.type == "cuda" else ("cpp", "torch")) if b in backends), "torch"
     )
-    why = "" if ema != "torch" else " (the C++ extension was not built: a compiler and a new installation mend it)"
+    why = (
+        ""
+        if ema != "torch"
+        else " (the C++ extension was not built: install a compiler, then install this package again)"
+    )
     yield "EMA kernel", f"{ema} of {', '.join(backends)}{why if device.type == 'cpu' else ''}"
     yield "mask sampler", "C++" if extension() else "Python (the C++ extension was not built: slower, same masks)"
     yield "tar headers", "C++" if extension() else "Python (the C++ extension was not built: slower, same index)"

@@ -138,8 +138,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         elif line.strip() and number < len(lines):
             bad.append(number)
     if bad:
-        told = f"{len(bad)} lines are" if len(bad) > 1 else "a line is"
-        print(f"warning: {path}: {told} no record of a step and left out (line {bad[0]})", file=sys.stderr)
+        lines_are = f"{len(bad)} lines are" if len(bad) > 1 else "a line is"
+        print(f"warning: {path}: {lines_are} no record of a step and left out (line {bad[0]})", file=sys.stderr)
     return records
 
 

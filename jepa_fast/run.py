@@ -82,10 +82,11 @@ class Run:
 
     def more(self, output: Output) -> dict[str, float]:
         """What else a record holds. All processes call it."""
-        if self.config.regularizer.kind == "none":
+        if "regularizer" not in output.terms:
             return self.measurements()
-        term = self.jepa.regularizer.weight * output.regularizer.item()
-        return self.measurements() | {"loss/regularizer": output.regularizer.item(), "loss/regularizer_weighted": term}
+        term = output.terms["regularizer"].item()
+        weighted = self.jepa.regularizer.weight * term
+        return self.measurements() | {"loss/regularizer": term, "loss/regularizer_weighted": weighted}
 
     def saves(self, step: int) -> bool:
         every = self.config.checkpoint.every
@@ -131,9 +132,9 @@ def release(run: Run, record: dict) -> None:
 def tell_of_data(run: Run, step: int, bad: list[Bad]) -> None:
     """An event for each sample that was left out, once in a run however often it is resumed."""
     if bad and run.log is not None:
-        told = {e["key"] for e in run.log.events if e["kind"] == "bad_sample"}
+        known = {e["key"] for e in run.log.events if e["kind"] == "bad_sample"}
         for one in bad:
-            if one.key not in told:
+            if one.key not in known:
                 run.log.event("bad_sample", step, key=one.key, reason=one.reason, why=one.kind)
 
 
@@ -163,10 +164,9 @@ def joined(micro_batches: list[MicroBatch]) -> tuple[Output, MaskPlan]:
         loss=mean([o.loss for o in outputs]),
         context=torch.cat([o.context for o in outputs]),
         target=torch.cat([o.target for o in outputs]),
-        prediction_loss=mean([o.prediction_loss for o in outputs]),
+        terms={name: mean([o.terms[name] for o in outputs]) for name in outputs[0].terms},
         statistics=outputs[0].statistics,  # the same for all
         wanted=torch.cat([o.wanted for o in outputs]),
-        regularizer=outputs[0].regularizer,  # none where there are micro batches
     ), plan
 
 

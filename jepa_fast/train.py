@@ -40,7 +40,7 @@ def train(run: Run) -> None:
                     with clock.phase("backward"):
                         (output.loss * share).backward()
             loss += output.loss.detach() * share
-            predicted += output.prediction_loss * share
+            predicted += output.terms["prediction"] * share
             tokens = output.context.shape[0] + output.target.shape[0] * output.target.shape[1]
             clock.count(tokens, step_flops(config, batch.plans[i - 1]).total)
             if run.records(step) or not seen:

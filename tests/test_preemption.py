@@ -234,7 +234,7 @@ def test_a_record_that_the_disk_does_not_take_is_one_line(tmp_path):
     log = RunLog(tmp_path, 0)
     log.record({"step": 0, "loss": 1.0})
     log._metrics = open("/dev/full", "w")  # noqa: SIM115
-    with pytest.raises(UsageError, match="cannot write /dev/full: No space left on device; mend that, then --resume"):
+    with pytest.raises(UsageError, match="cannot write /dev/full: No space left on device; fix that, then --resume"):
         log.record({"step": 1, "loss": 1.0})
     log.close()
     assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [0]

@@ -120,7 +120,7 @@ def test_a_spike_between_two_records_is_recorded(monkeypatch):
         output = real(self, inputs, plan)
         seen["steps"] += 1
         return (
-            output._replace(loss=output.loss * 50, prediction_loss=output.prediction_loss * 50)
+            output._replace(loss=output.loss * 50, terms={"prediction": output.terms["prediction"] * 50})
             if seen["steps"] == 23
             else output
         )

@@ -1,4 +1,4 @@
-"""Refuses a configuration that cannot work, in one line that names the field, its value and the mend."""
+"""Refuses a configuration that cannot work, in one line that names the field, its value and the fix."""
 
 import math
 from typing import Any
@@ -42,7 +42,7 @@ MOST_TOKENS = 2**20
 
 
 def check(config: Config) -> Config:
-    """The configuration itself. Raises UsageError naming the first field that cannot work, its value and the mend."""
+    """The configuration itself. Raises UsageError naming the first field that cannot work, its value and the fix."""
     _check_ranges(config)
     _check_weights(config)
     _check_objective(config)
@@ -50,9 +50,9 @@ def check(config: Config) -> Config:
     return config
 
 
-def _require(ok: bool, name: str, value: Any, mend: str) -> None:
+def _require(ok: bool, name: str, value: Any, fix: str) -> None:
     if not ok:
-        raise UsageError(f"--{name} is {value!r}: {mend}")
+        raise UsageError(f"--{name} is {value!r}: {fix}")
 
 
 def _check_ranges(c: Config) -> None:
@@ -61,8 +61,8 @@ def _check_ranges(c: Config) -> None:
     for name in FROM_0_TO_1:
         _require(0 <= get(c, name) <= 1, name, get(c, name), "give a number from 0 to 1")
     for name in ("masks.ratio", "masks.final_ratio"):
-        mend = "some tokens must be hidden and some visible; give a number between 0 and 1"
-        _require(0 < get(c, name) < 1, name, get(c, name), mend)
+        fix = "some tokens must be hidden and some visible; give a number between 0 and 1"
+        _require(0 < get(c, name) < 1, name, get(c, name), fix)
     for name in AT_LEAST_1:
         _require(get(c, name) >= 1, name, get(c, name), "give a whole number of at least 1")
     for name, most in MOST.items():

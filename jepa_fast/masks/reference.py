@@ -184,8 +184,8 @@ def _check_blocks(config: Masks, grid: tuple[int, int]) -> None:
         refuse(config, "context_tokens", f"{keep} tokens are not {bounds}; give a number between")
 
 
-def refuse(config: Masks, name: str, mend: str) -> NoReturn:
-    raise UsageError(f"--masks.{name} is {getattr(config, name)!r}: {mend}")
+def refuse(config: Masks, name: str, fix: str) -> NoReturn:
+    raise UsageError(f"--masks.{name} is {getattr(config, name)!r}: {fix}")
 
 
 # ---- rows: locations and tokens, one image after the other --------------------------------------

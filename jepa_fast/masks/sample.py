@@ -5,7 +5,7 @@ Every mask is a pure function of its numbers. What a row draws hangs on (seed, e
 shares, the block sizes and in `reference` and `fixed` the cut to the shortest context, on (seed, step, group). Groups
 are cut from the global batch, so the result does not depend on how the batch is split among processes.
 
-`reference` draws as I-JEPA's published sampler does (arXiv 2301.08243), with three quirks that the other modes mend
+`reference` draws as I-JEPA's published sampler does (arXiv 2301.08243), with three quirks that the other modes fix
 one by one: see `block_sizes`, `reach`, `_cut`. Two things differ on purpose. It never loops for ever: an image with too
 few context tokens has all its locations drawn again, a bounded number of times, then the setting is refused. And
 min_keep is the fewest tokens that will do, where I-JEPA asks for one more.
@@ -138,7 +138,7 @@ def _sampler(backend: Backend) -> ModuleType:
 
 
 def check_masks(config: Masks, grid: tuple[int, ...]) -> None:
-    """Raises UsageError, one line naming the field and the mend, for what cannot work on `grid`.
+    """Raises UsageError, one line naming the field and the fix, for what cannot work on `grid`.
 
     What is possible but too rare to be found is refused too: every size of target block that the setting can draw
     is tried beside the smallest context block.

@@ -33,10 +33,12 @@ class Output(NamedTuple):
     loss: Tensor  # float32 scalar: what is minimised
     context: Tensor  # [Tc, D] f(x): visible tokens by the context encoder, detached
     target: Tensor  # [B, N, D] g(x_hat): all tokens by the target encoder, as it gives them
-    prediction_loss: Tensor  # float32 scalar, detached: mean over features, an image's target tokens and images
+    terms: dict[
+        str, Tensor
+    ]  # of the loss, by name, before weights: float32 scalars, detached. `prediction` is the mean over
+    # features, an image's target tokens and images; `regularizer` is there if the run has one
     statistics: Statistics | None  # with them targets.regress(wanted, norm, statistics) is what the loss compared with
     wanted: Tensor  # [B, N, D] what the loss regresses on before it is normalised: `target`, or the patches [B, N, P]
-    regularizer: Tensor  # float32 scalar, detached: before its weight; 0 without one
 
 
 class JEPA(nn.Module):
@@ -85,14 +87,13 @@ class JEPA(nn.Module):
 
         hidden = regression.flatten(0, 1).index_select(0, plan.target_rows)  # [Tt, D]
         each = token_loss(prediction, hidden, self.loss)  # [Tt]
-        prediction_loss = (plan.target_weight * each).sum()  # not `@`: autocast would halve it
-        loss, regularizer = prediction_loss, prediction_loss.new_zeros(())
+        loss = (plan.target_weight * each).sum()  # not `@`: autocast would halve it
+        terms = {"prediction": loss.detach()}
         if self.regularizer.kind != "none":
             regularizer = self.regularizer(pool(context, plan.context_rows, *target.shape[:2]))
-            loss = prediction_loss + self.regularizer.weight * regularizer
-        return Output(
-            loss, context.detach(), target, prediction_loss.detach(), statistics, wanted, regularizer.detach()
-        )
+            loss = loss + self.regularizer.weight * regularizer
+            terms["regularizer"] = regularizer.detach()
+        return Output(loss, context.detach(), target, terms, statistics, wanted)
 
     def _check(self, inputs: Tensor, plan: MaskPlan) -> None:
         grid, own = self.context_encoder.tokenizer.grid(inputs), self.context_encoder.grid

@@ -123,7 +123,7 @@ class Loader:
             with suppress(queue.Empty):
                 while True:
                     self._ready.get_nowait()
-            self._ready.put(_Closing())  # whoever still asks is told
+            self._ready.put(_Closing())  # for a caller that still waits
         self._pool.shutdown(cancel_futures=True)
         if isinstance(self.source, Stream):
             self.source.close()
@@ -278,7 +278,7 @@ class Loader:
         if len(bad) > limit * max(seen, TRUSTED):
             raise UsageError(
                 f"{len(bad)} of the first {seen} samples cannot be read, more than --data.max_bad_share {limit:g}; "
-                f"the last is {bad[-1].key}: {bad[-1].reason}; mend the data, or allow more"
+                f"the last is {bad[-1].key}: {bad[-1].reason}; fix the data, or allow more"
             )
 
 

@@ -65,8 +65,8 @@ def open_series(path: str, data: Data) -> Opened:
             labels = np.where(part.labels == "", -1, np.searchsorted(classes, part.labels)).astype(np.int64)
         read, key = partial(_one, samples, part.unread), partial(_key, name, part.keys)
         sources.append(SeriesSource(read, key, len(samples), labels))
-        told = digest(np.ascontiguousarray(part.samples).tobytes(), b"" if labels is None else labels.tobytes())
-        contents[name] = f"{len(samples)} series {told}"
+        held_digest = digest(np.ascontiguousarray(part.samples).tobytes(), b"" if labels is None else labels.tobytes())
+        contents[name] = f"{len(samples)} series {held_digest}"
     flat = sum(int((part.samples.std((1, 2)) == 0).sum()) for part in held.values())
     if flat:
         notes.append(f"{flat} series are constant: they hold nothing to predict")

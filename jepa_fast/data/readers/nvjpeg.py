@@ -78,14 +78,14 @@ class DeviceDecoder:
 
 def device_decoder(data: Data) -> DeviceDecoder:
     """The decoder that data.decoder nvjpeg asks for, on this process's GPU. Raises UsageError where there is none."""
-    mend = "; use --data.decoder cpu"
+    fix = "; use --data.decoder cpu"
     if not torch.cuda.is_available():
-        raise UsageError(f"--data.decoder nvjpeg needs a CUDA device, and torch sees none here{mend}")
+        raise UsageError(f"--data.decoder nvjpeg needs a CUDA device, and torch sees none here{fix}")
     try:
         decode_jpeg = importlib.import_module("torchvision.io").decode_jpeg
     except (ImportError, AttributeError, RuntimeError) as error:  # RuntimeError: built for another torch
         said = str(error).splitlines()[0]
         raise UsageError(
-            f"--data.decoder nvjpeg needs torchvision built for torch {torch.__version__} with CUDA ({said}); install it, or{mend[1:]}"
+            f"--data.decoder nvjpeg needs torchvision built for torch {torch.__version__} with CUDA ({said}); install it, or{fix[1:]}"
         ) from None
     return DeviceDecoder(data, torch.device("cuda", torch.cuda.current_device()), decode_jpeg)

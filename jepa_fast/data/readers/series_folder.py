@@ -50,7 +50,7 @@ def _part(root: Path) -> SeriesFile:
     held = [_one(file) for file in files]
     shapes = Counter(one.shape for one in held if isinstance(one, np.ndarray))
     if not shapes:
-        raise UsageError(f"not one of the {len(files)} series of {root} can be read; {files[0]}: {held[0]}; mend them")
+        raise UsageError(f"not one of the {len(files)} series of {root} can be read; {files[0]}: {held[0]}; fix them")
     shape = shapes.most_common(1)[0][0]
     rows, unread = np.full((len(files), *shape), np.nan, np.float32), {}
     for i, one in enumerate(held):

@@ -221,7 +221,7 @@ def _of_info(folder: Path) -> dict[str, Split] | None:
             )
         if split.lengths is not None and len(split.lengths) != len(split.files):
             raise UsageError(
-                f"{folder / '_info.json'} has {len(split.files)} filenames but {len(split.lengths)} shard_lengths for {name}; mend it, or delete it"
+                f"{folder / '_info.json'} has {len(split.files)} filenames but {len(split.lengths)} shard_lengths for {name}; fix it, or delete it"
             )
     if "train" not in splits:
         return None
@@ -254,5 +254,5 @@ def _info(folder: Path) -> dict[str, Split]:
         }
     except (ValueError, KeyError, TypeError, AttributeError, OSError, OverflowError, RecursionError) as error:
         raise UsageError(
-            f"{file} cannot be read ({error!r}); mend it, or delete it and the splits are taken from the file names"
+            f"{file} cannot be read ({error!r}); fix it, or delete it and the splits are taken from the file names"
         ) from None
