@@ -6,7 +6,6 @@ command goes on. README.md says what the runs are for.
 
 import argparse
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -16,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
+
+from jepa_fast.monitor.phase import Look, look_of
 
 ROWS = Path(__file__).parent / "rows.jsonl"
 STEPS, LOOK = 1500, 50
@@ -93,42 +94,23 @@ def cells(grid: str, seeds: range) -> Iterator[Cell]:
 # ---- what is kept of a run ------------------------------------------------------------------------
 
 
-def looks(records: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """The records with probes: step, untrained, context, target, number of test samples."""
-    names = {
-        "untrained": "probe/untrained",
-        "context": "probe/context",
-        "target": "probe/target",
-        "tests": "probe/num_test",
-    }
-    return [
-        {"step": r["step"], **{name: r[key] for name, key in names.items()}} for r in records if "probe/untrained" in r
-    ]
-
-
-def end_of_phase(found: list[dict[str, float]]) -> int | None:
-    """The first of two consecutive looks at which the better encoder is above the untrained one by the margin."""
-    useful = [max(a["context"], a["target"]) >= a["untrained"] + margin(a) for a in found]
-    return next((int(found[i]["step"]) for i in range(len(found) - 1) if useful[i] and useful[i + 1]), None)
-
-
-def margin(look: dict[str, float]) -> float:
-    """Two standard errors of the difference, 2 sqrt(2 p (1 - p) / m); above 0, so that equal is not better."""
-    p, m = look["untrained"], look["tests"]
-    return max(2 * math.sqrt(2 * p * (1 - p) / m), 1e-9)
+def end_of_phase(found: list[Look]) -> int | None:
+    """The first of two consecutive useful looks, by the project's one definition (`jepa_fast.monitor.phase.facts`)."""
+    return next((found[i].step for i in range(len(found) - 1) if found[i].useful and found[i + 1].useful), None)
 
 
 def outcome(records: list[dict[str, Any]]) -> dict[str, Any]:
     """One run as numbers: end of the phase, best and final probes, and the looks they come from."""
-    found = looks(records)
+    found = [look for record in records if (look := look_of(record)) is not None]
     last = found[-1]
     losses = [r["loss"] for r in records if isinstance(r.get("loss"), float)]
     return {
-        "steps": records[-1]["step"], "end": end_of_phase(found), "untrained": last["untrained"], "tests": last["tests"],
-        "best": {name: max(a[name] for a in found) for name in ("context", "target")},
-        "final": {name: last[name] for name in ("context", "target")},
+        "steps": records[-1]["step"], "end": end_of_phase(found), "untrained": last.untrained, "reference": last.reference,
+        "tests": last.num_test,
+        "best": {name: max(look.probes[name] for look in found) for name in ("context", "target")},
+        "final": {name: last.probes[name] for name in ("context", "target")},
         "loss": {"first": losses[0], "lowest": min(losses), "last": losses[-1]},
-        "looks": [[int(a["step"]), round(a["context"], 4), round(a["target"], 4)] for a in found],
+        "looks": [[look.step, round(look.probes["context"], 4), round(look.probes["target"], 4)] for look in found],
     }  # fmt: skip
 
 
