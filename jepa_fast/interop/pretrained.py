@@ -75,7 +75,10 @@ def open_run(path: Path, step: int | None) -> tuple[Config, dict[str, Any], Path
     if not (path / "meta.json").is_file():
         found = checkpoint.found(path)
         if step is None and not found:
-            raise UsageError(f"{path} holds no checkpoint yet; let the run write one (--checkpoint.every N)")
+            raise UsageError(
+                f"{path} has no checkpoint: give the folder of a run of this trainer, or one of its checkpoints, or let the "
+                "run write one (--checkpoint.every N)"
+            )
         if step is not None and step not in found:
             raise UsageError(f"{path} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}")
         held = path / "checkpoints" / f"step-{found[-1] if step is None else step}"
