@@ -77,7 +77,7 @@ def main() -> None:
             lines.append(f"| beta {value:g} | {len(held)} runs, end of the phase in the median {np.median(held):.0f} |")
     lines += [
         "",
-        "One seed a set, and sets differ: these are directions. Beta with seeds and intervals on FordA and FordB is still to be run.",
+        "One seed a set, and sets differ: these are directions. Beta with seeds and intervals on FordA and FordB: [experiments/remedies/results.md](../remedies/results.md).",
     ]
     RESULT.write_text("\n".join(lines) + "\n")
     print(RESULT.read_text())

@@ -51,6 +51,7 @@ class Look(NamedTuple):
     useful: dict[str, bool]  # encoder -> its probe is above the untrained encoder's by the margin
     signals: dict[str, dict[str, float | None]]
     single: dict[str, float]  # signals that others look at, by name
+    gap: float  # the better encoder's labelled probe less the reference
 
     @property
     def better(self) -> bool:
@@ -72,7 +73,8 @@ def looks_of(row: dict[str, Any]) -> list[Look]:
             continue
         useful = {name: gap >= look.margin for name, gap in look.gaps.items()}
         held = {name: signals.of(name) for name in estimate.ENCODERS}
-        found.append(Look(row["name"], row["data"], look.step, useful, held, _single(record, first, held)))
+        single = _single(record, first, held)
+        found.append(Look(row["name"], row["data"], look.step, useful, held, single, look.gaps[look.better]))
     return found
 
 
@@ -168,6 +170,17 @@ def within(runs: np.ndarray, y: np.ndarray, score: np.ndarray) -> float:
     return float(np.nanmean(found)) if np.isfinite(found).any() else math.nan
 
 
+def neighbours(looks: list[Look]) -> np.ndarray:
+    """The labelled probe's gap, mean of the two looks before and after: what labels themselves would say, a ceiling."""
+    found = np.full(len(looks), np.nan)
+    runs = np.array([look.run for look in looks])
+    for run in np.unique(runs):
+        places = np.flatnonzero(runs == run)
+        gaps = np.pad([looks[i].gap for i in places], 2, mode="edge")
+        found[places] = (gaps[:-4] + gaps[1:-3] + gaps[3:-1] + gaps[4:]) / 4
+    return found
+
+
 def escapes(looks: list[Look], p: np.ndarray) -> list[tuple[str, float]]:
     """(data, |estimated - true| end of the phase over the run's length) of runs with both; 1 where only one has an end."""
     found = []
@@ -211,6 +224,7 @@ def report(looks: list[Look], weights: dict[str, dict[str, float]]) -> str:
     base = y.mean() * (1 - y.mean())
     scores = {f"estimate, {tier}": predicted(looks, tier, weights[tier]) for tier in estimate.TIERS}
     scores |= {name: np.array([look.single[name] for look in looks]) for name in looks[0].single}
+    scores["a labelled probe at the looks before and after"] = neighbours(looks)
     for name, p in scores.items():
         low, high = interval(looks, lambda i, p=p: auroc(y[i], p[i]))
         brier = f"{np.nanmean((p - y) ** 2):.3f}" if name.startswith("estimate") else ""
