@@ -1,9 +1,11 @@
 """Errors that are the user's to fix: printed as one line, exit code 2, no traceback."""
 
 import argparse
+import csv
 import functools
 import io
 import os
+import pickle
 import struct
 import sys
 import traceback
@@ -28,7 +30,7 @@ class UsageError(ValueError):
 # What reading a malformed file raises, whatever reads it.
 MALFORMED = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError, EOFError, MemoryError,
-    struct.error, zlib.error,
+    struct.error, zlib.error, csv.Error, pickle.PickleError,
 )  # fmt: skip
 
 

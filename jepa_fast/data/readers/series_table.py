@@ -69,11 +69,9 @@ def read(file: Path, label: str = AUTO, like: str | None = None) -> Table:
     labels = None if column is None else [row[column] if column < len(row) else "" for row in cells]
     if labels is not None and _is_target(labels):
         different = len(set(labels))
-        if label == AUTO and header is None and like is None:
-            raise UsageError(
-                f"{file}: its first column holds {different} different numbers, so no classes: give --data.label none, or last"
-            )
-        notes.append(f"{file.name}: the labels are {different} different numbers: a regression target, so no probes")
+        notes.append(
+            f"{file.name}: the labels are {different} different numbers: a regression target, so no probes; --data.label none if these are values"
+        )
         labels = None
     said = NONE if column is None else header[column] if header else str(column)
     return Table(values, labels, said, tuple(notes))
