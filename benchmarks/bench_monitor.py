@@ -87,6 +87,8 @@ class Subject:
             masks.context_rows,
             masks.target_rows,
             masks.target_weight,
+            output.statistics,
+            None,
         )
         return signals["discrepancy/visible"]
 
