@@ -1,6 +1,7 @@
 """FusedEMA pairs tensors by name, once a storage, and refuses what does not pair before anything is written."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -67,6 +68,21 @@ def test_a_replaced_submodule_is_averaged_from_the_next_update_on():
     model[0] = nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"0.weight"):
         ema.update()
+
+
+def test_what_is_read_or_swapped_is_of_the_replaced_submodule_too():
+    model = network()
+    ema = FusedEMA(model, decay=0.5)
+    ema.update()
+    model[0] = copy.deepcopy(model[0])
+    with torch.no_grad():
+        model[0].weight += 3
+    name, size = "0.weight", 3 * math.sqrt(model[0].weight.numel())
+    assert ema.distances()[name] == pytest.approx(size) and {n: t for n, t, _ in ema.pairs()}[name] is model[0].weight
+    trained = model[0].weight.clone()
+    with ema.swap():
+        assert torch.equal(model[0].weight, ema.module[0].weight)
+    assert torch.equal(model[0].weight, trained)
 
 
 def test_a_parameter_that_is_added_later_is_not_left_out_silently():

@@ -85,9 +85,11 @@ def test_a_class_called_train_is_not_taken_for_the_whole_silently(tmp_path):
     assert any("car, plane next to it is not used" in note for note in opened(tmp_path).notes)
 
 
-def test_a_test_part_alone_is_refused_in_one_line(tmp_path):
-    write(tmp_path / "Test/a"), write(tmp_path / "Test/b")
-    with pytest.raises(UsageError, match=r"holds Test and no folder to train on: give .*Test"):
+@pytest.mark.parametrize("more", [(), ("val",)])
+def test_test_parts_alone_are_refused_in_one_line(tmp_path, more):
+    for split in ("Test", *more):
+        write(tmp_path / split / "a"), write(tmp_path / split / "b")
+    with pytest.raises(UsageError, match=r"holds (Test|val) and no folder to train on: give .*(Test|val)"):
         opened(tmp_path)
 
 

@@ -74,3 +74,8 @@ def test_the_interval_holds_the_statistic_and_narrows_with_agreement():
     same = dict.fromkeys("AB", np.full(8, 0.1))
     assert table.interval(same, False, rng) == pytest.approx((0.1, 0.1))
     assert table.not_below({"A": np.full(4, -0.1), "B": np.array([-0.1, 0.1, 0.0, 0.0])}, rng) == 1
+
+
+def test_the_committed_tables_are_those_of_the_committed_rows():
+    rows = table.read(table.ROWS)
+    assert rows and table.RESULTS.read_text(encoding="utf-8") == table.write(rows, table.TUNED_ON)

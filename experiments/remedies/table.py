@@ -1,4 +1,7 @@
-"""The trial's table from rows.jsonl: `python experiments/remedies/table.py [--grid remedies]`. README.md has the statistic."""
+"""The trial's tables from rows.jsonl: `python experiments/remedies/table.py [--grid remedies]`. README.md has the statistic.
+
+With --write: all that there are, into results.md between its marks.
+"""
 
 import argparse
 import json
@@ -9,10 +12,16 @@ from typing import Any
 import numpy as np
 
 ROWS = Path(__file__).parent / "rows.jsonl"
+RESULTS = Path(__file__).parent / "results.md"
+TUNED_ON = "FordA"
 LOOK, DRAWS = 50, 2000
 BASE = {"remedies": "paper", "images": "paper", "beta": "beta=0.996", "ratio": "ratio=0.7"}
 Row = dict[str, Any]
 Pairs = dict[str, np.ndarray]  # set -> a number for each seed
+
+
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def ended(row: Row) -> float:
@@ -117,20 +126,43 @@ def by_set(rows: list[Row]) -> list[str]:
     return lines
 
 
+def written(grid: str, rows: list[Row], tuned_on: str) -> str:
+    """Both tables of a grid, Markdown."""
+    rows = [row for row in rows if row["grid"] == grid]
+    shown = [r for r in rows if r["data"] != tuned_on] if grid == "remedies" else rows
+    seeds = {
+        remedy: sorted({r["seed"] for r in rows if r["remedy"] == remedy}) for remedy in {r["remedy"] for r in rows}
+    }
+    said = f"{len(rows)} runs, seeds {min(map(min, seeds.values()))} to {max(map(max, seeds.values()))}."
+    cells = "Each cell: median end of the phase, mean final probe of the better encoder. A run without an end counts as its last look."
+    return "\n".join([said, "", *table(shown, BASE[grid]), "", cells, "", *by_set(rows)])
+
+
+def write(rows: list[Row], tuned_on: str) -> str:
+    """results.md with the tables of every grid that it has marks for and that has runs."""
+    text = RESULTS.read_text(encoding="utf-8")
+    for grid in BASE:
+        begin, end = f"<!-- begin {grid} -->\n", f"<!-- end {grid} -->"
+        if begin in text and any(row["grid"] == grid for row in rows):
+            before, rest = text.split(begin)
+            text = f"{before}{begin}{written(grid, rows, tuned_on)}\n{end}{rest.split(end)[1]}"
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--grid", choices=tuple(BASE), default="remedies")
     parser.add_argument("--rows", type=Path, default=ROWS)
-    parser.add_argument("--tuned_on", default="FordA", help="the set that is left out of the table and shown apart")
+    parser.add_argument("--tuned_on", default=TUNED_ON, help="the set that is left out of the table and shown apart")
+    parser.add_argument("--write", action="store_true", help="bring results.md up to date")
     asked = parser.parse_args()
-    rows = [json.loads(line) for line in asked.rows.read_text().splitlines()] if asked.rows.exists() else []
-    rows = [row for row in rows if row["grid"] == asked.grid]
-    if not rows:
+    rows = read(asked.rows)
+    if asked.write:
+        RESULTS.write_text(write(rows, asked.tuned_on), encoding="utf-8")
+        return
+    if not any(row["grid"] == asked.grid for row in rows):
         raise SystemExit(f"{asked.rows} holds no run of --grid {asked.grid}: run.py makes them")
-    shown = [r for r in rows if r["data"] != asked.tuned_on] if asked.grid == "remedies" else rows
-    print("\n".join(table(shown, BASE[asked.grid])))
-    print("\nEach cell: median end of the phase, mean final probe of the better encoder.\n")
-    print("\n".join(by_set(rows)))
+    print(written(asked.grid, rows, asked.tuned_on))
 
 
 if __name__ == "__main__":

@@ -48,8 +48,9 @@ class FusedEMA:
     mirror: a module of the same names that holds the average too, rounded to its own dtype: filled at once, then written in
     the same pass.
     device: where a copy is kept; "cpu" holds it in (pinned) host memory and stages the weights over.
-    Tied parameters are updated once. A submodule that is replaced later is averaged from the next update on. Raises ValueError or TypeError, naming the parameter or buffer, where names, shapes,
-    dtypes or shards do not pair up, and for what is sparse, nested, complex or on the meta device.
+    Tied parameters are updated once. A submodule that is replaced later is averaged from the next update on.
+    Raises ValueError or TypeError, naming the parameter or buffer, where names, shapes, dtypes or shards do not pair up, and
+    for what is sparse, nested, complex or on the meta device.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class FusedEMA:
         """Of the last update: one entry per name, on the device. Sums of this rank's shards, under FSDP2."""
         self._buffers, self._mirror_module = buffers, mirror
         self._fsdp = fsdp_modules(model, self.module, *([mirror] if mirror is not None else []))
+        reshard(self._fsdp)
         self._pair()
         self._staging = Staging()
         self.spectral = SpectralDrift()
@@ -86,7 +88,6 @@ class FusedEMA:
 
     def _pair(self) -> None:
         """Pair the tensors of the modules as they are built now."""
-        reshard(self._fsdp)
         with_buffers, mirror = self._buffers != "ignore", self._mirror_module
         pairs = pair_modules(self.model, self.module, with_buffers)
         self._averaged, self._copied = part(pairs, self._buffers == "ema")  # parameters first
@@ -101,6 +102,13 @@ class FusedEMA:
         check_apart(pairs, self._mirror + self._mirrored)
         self._held: list[Tensor] = []  # what is copied, as last checked
         self._built = built_of([self.model, self.module, *([mirror] if mirror is not None else [])])
+
+    def _ready(self) -> None:
+        """Before tensors are looked up: gathered parameters are sharded again, and what was rebuilt since is paired again."""
+        reshard(self._fsdp)  # parameters that a forward has left gathered look unsharded
+        if not self._built.holds():  # a submodule was replaced, wrapped, added or removed
+            self._pair()
+            self.stats = None  # of other tensors
 
     @torch.no_grad()
     def _fill_mirror(self) -> None:
@@ -121,9 +129,7 @@ class FusedEMA:
             check_gate(gate)
         if decay is None:
             decay = self.decay(self.num_updates) if callable(self.decay) else self.decay
-        reshard(self._fsdp)
-        if not self._built.holds():  # a submodule was replaced, wrapped, added or removed
-            self._pair()
+        self._ready()
         self._check_copied()
         targets, sources = self._operands()
         device = targets[0].device if targets else torch.device("cpu")
@@ -168,7 +174,7 @@ class FusedEMA:
 
     def measure(self) -> LayerStats:
         """The squared distances as the modules are now, without an update; does not change `stats`."""
-        reshard(self._fsdp)
+        self._ready()
         return self._of_parameters(ema_distances(*self._operands(), backend=self.backend, names=self._labels))
 
     @torch.no_grad()
@@ -179,12 +185,14 @@ class FusedEMA:
         gives the group of each name. The one place that synchronises, and all-reduces where parameters are sharded:
         call it on every rank.
         """
+        self._ready()
         stats = self.stats if self.stats is not None else self.measure()
         return self._grouped(stats.distance_sq, group_by)
 
     @torch.no_grad()
     def norms(self, group_by: str | Callable[[str], str] | None = None) -> dict[str, float]:
         """{parameter name: ||theta||}, as `distances`; their ratio is the relative distance."""
+        self._ready()
         stats = self.stats if self.stats is not None else self.measure()
         return self._grouped(stats.source_sq, group_by)
 
@@ -199,7 +207,7 @@ class FusedEMA:
 
     def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, theta, theta_bar) as they are now, in the order of `names`; this rank's shards under FSDP2."""
-        reshard(self._fsdp)
+        self._ready()
         for pair in self._parameters:
             yield pair.name, local(pair.source.tensor), local(pair.target.tensor)
 
@@ -210,7 +218,7 @@ class FusedEMA:
         A lower bound that tightens from call to call. Tensors of more dimensions are taken as [first, rest];
         vectors are left out. Synchronises; call it on every rank.
         """
-        reshard(self._fsdp)
+        self._ready()
         matrices = [p for p in self._parameters if p.source.tensor.ndim >= 2]
         return self.spectral([(p.name, p.source.tensor, p.target.tensor) for p in matrices], iterations)
 
@@ -220,8 +228,8 @@ class FusedEMA:
 
         Costs one copy of the model's weights. The average itself is not touched, whatever the model's dtype.
         """
+        self._ready()
         pairs = self._averaged + self._copied
-        reshard(self._fsdp)
         for pair in pairs:
             check_alike(pair)
         with torch.no_grad():
@@ -250,7 +258,7 @@ class FusedEMA:
         given = ((plain_name(name), value) for name, value in state["module"].items())
         self.module.load_state_dict({own.get(name, name): value for name, value in given})
         self.num_updates, self.stats = num_updates, None
-        reshard(self._fsdp)
+        self._ready()
         self._fill_mirror()
 
 

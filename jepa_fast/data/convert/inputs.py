@@ -1,6 +1,6 @@
 """What shards can be made from: an image folder, CIFAR batches, files of series, other shards (remote ones too).
 
-Each reader gives a Inputs: how many samples each split has, and sample i of it as WebDataset's dict. Encoded images are
+Each reader gives an Inputs: how many samples each split has, and sample i of it as WebDataset's dict. Encoded images are
 taken over byte by byte, CIFAR becomes PNG, series become .npy of float32 [C, L], not normalised.
 """
 
@@ -76,7 +76,8 @@ def open_inputs(source: str, label_filter: str = "", options: SeriesOptions = Se
 
 
 def _of_folder(root: Path) -> Inputs:
-    splits = {name: found for name, found in image_folder.find(root).items() if found[1]}
+    found = image_folder.find(root)
+    splits = {name: split for name, split in found.items() if split[1]}
     classes = image_folder.classes_of(*splits["train"])
     number = {name: i for i, name in enumerate(classes)}
 
@@ -95,8 +96,8 @@ def _of_folder(root: Path) -> Inputs:
     for split_root, files in splits.values():
         contents |= image_folder.contents(root, split_root, files)
     counts = {name: len(files) for name, (_, files) in splits.items()}
-    samples = {name: sample_of(*found) for name, found in splits.items()}
-    return Inputs(counts, samples, contents, "an image folder", classes)
+    samples = {name: sample_of(*split) for name, split in splits.items()}
+    return Inputs(counts, samples, contents, "an image folder", classes, notes=image_folder.notes(root, classes, found))
 
 
 def _bytes(file: Path) -> bytes:

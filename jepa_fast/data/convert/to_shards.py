@@ -1,4 +1,4 @@
-"""Shards from a Inputs: several at a time, each whole or not there, so that an interrupted conversion goes on.
+"""Shards from an Inputs: several at a time, each whole or not there, so that an interrupted conversion goes on.
 
 Which samples a shard holds, and so its bytes, follow from the inputs and the options alone.
 """

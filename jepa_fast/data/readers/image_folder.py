@@ -69,7 +69,13 @@ def open_folder(root: Path, data: Data) -> Opened:
     held: dict[str, str] = {}
     for split_root, files in splits.values():
         held |= contents(root, split_root, files)
-    return Opened(train, test, held, notes=_unused(train_root, test_root, root) + _unknown(classes, *splits["test"]))
+    return Opened(train, test, held, notes=notes(root, classes, splits))
+
+
+def notes(root: Path, classes: list[str], splits: dict[str, tuple[Path, list[Path]]]) -> list[str]:
+    """What a user should know of the splits that `find` gave."""
+    (train_root, _), (test_root, test_files) = splits["train"], splits["test"]
+    return _unused(train_root, test_root, root) + _unknown(classes, test_root, test_files)
 
 
 def _unused(train_root: Path, test_root: Path, root: Path) -> list[str]:
@@ -103,7 +109,7 @@ def find(root: Path) -> dict[str, tuple[Path, list[Path]]]:
         test = inside.get("test")
         train = images_under(inside["train"])
         return {"train": (inside["train"], train), "test": (test or place, images_under(test) if test else [])}
-    if "test" in inside and len(_folders(place)) == 1:
+    if "test" in inside and all(_plain(folder) in SPLITS["test"] for folder in _folders(place)):
         alone = inside["test"]
         raise UsageError(
             f"--data.path {root} holds {alone.name} and no folder to train on: give {alone}, or put a folder train there"
@@ -112,10 +118,15 @@ def find(root: Path) -> dict[str, tuple[Path, list[Path]]]:
 
 
 def _splits_in(folder: Path) -> dict[str, Path]:
-    """{'train', 'test'}: the folders of `folder` that are called so. A test part alone counts if its folder is the only one."""
-    named = {re.sub(r"[-\s]", "_", inner.name.lower()): inner for inner in reversed(_folders(folder))}
+    """{'train', 'test'}: the folders of `folder` that are called so."""
+    named = {_plain(inner): inner for inner in reversed(_folders(folder))}
     found = {split: next((named[n] for n in names if n in named), None) for split, names in SPLITS.items()}
     return {split: inner for split, inner in found.items() if inner is not None}
+
+
+def _plain(folder: Path) -> str:
+    """'Training-Set' -> 'training_set'"""
+    return re.sub(r"[-\s]", "_", folder.name.lower())
 
 
 def _folders(folder: Path) -> list[Path]:

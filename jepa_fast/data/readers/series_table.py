@@ -1,7 +1,7 @@
-"""Tables of series, a line each: UCR's .tsv and .txt, and .csv as pandas and spreadsheets write them. In: a file. Out: values, labels.
+"""Tables with one series a line: UCR's .tsv and .txt, and .csv as pandas and spreadsheets write them. In: a file. Out: values, labels.
 
-UCR's files have the label first. A .csv says where it is by its header; without one by what the columns hold: a class repeats,
-a measured value hardly does. What cannot be told that way is for `--data.label` to say.
+In UCR's files the label comes first. In a .csv the header says which column it is. Without a header the columns decide: class
+labels repeat, measured values hardly ever do. If that is not clear, the user has to set `--data.label`.
 """
 
 import csv
@@ -15,19 +15,8 @@ from jepa_fast.errors import UsageError
 
 ENCODING = "utf-8-sig"  # with the mark that spreadsheets put first, or without
 GAPS = ("", "?")  # how files write a value that is missing
-LABELS = (
-    "label",
-    "labels",
-    "class",
-    "classes",
-    "target",
-    "targets",
-    "category",
-    "y",
-    "cls",
-    "class_label",
-    "classlabel",
-)
+LABELS = ("label", "labels", "class", "classes", "target", "targets", "category", "y", "cls", "class_label",
+          "classlabel")  # fmt: skip
 INDEXES = ("", "index", "unnamed: 0")  # headers of the column that pandas puts first
 FEW = 8  # columns or lines from which a row of numbers in order is no accident
 AUTO, NONE = "auto", "none"
@@ -36,7 +25,7 @@ AUTO, NONE = "auto", "none"
 class Table(NamedTuple):
     values: list[np.ndarray]  # float64 [L] of each line
     labels: list[str] | None  # as the file writes them
-    column: str  # where the label was: a number from 0 on, or `none`; for the test file that goes with this one
+    column: str  # where the label was: its header, or a number from 0 on, or `none`; the test file takes it from there
     notes: tuple[str, ...] = ()
 
 

@@ -60,7 +60,7 @@ def _is_table(line: str) -> bool:
     """Whether a line holds numbers and nothing else, three at least."""
     words = line.replace(",", " ").split()
     try:
-        return len(words) >= 3 and [float(word) for word in words] != []
+        return len([float(word) for word in words]) >= 3
     except ValueError:
         return False
 
